@@ -1,0 +1,45 @@
+# `make help` lists the targets. All that is needed beforehand is python3 (3.11 or later), make and a package registry.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help up down test lint bench lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+up: .venv/ready ## Start the whole cluster in the background; the board is at http://127.0.0.1:8080
+	@$(BIN)/scoreboard up --detach
+
+down: .venv/ready ## Stop the cluster; the data stays in .scoreboard
+	@$(BIN)/scoreboard down
+
+test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (no Docker needed)
+	@$(BIN)/pytest
+
+lint: .venv/ready ## Style, types and module boundaries
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/ready ## Measure a running cluster: POST latency, and 200 to last client
+	@$(BIN)/python -m tests.benchmarks.cluster
+
+lock: .venv/ready ## Resolve the dependencies anew into deploy/requirements*.txt
+	$(BIN)/uv pip compile -q -U pyproject.toml --universal --python-version 3.11 --generate-hashes \
+	    --custom-compile-command "make lock" -o deploy/requirements.txt
+	$(BIN)/uv pip compile -q -U pyproject.toml --extra local --group dev -c deploy/requirements.txt --universal \
+	    --python-version 3.11 --generate-hashes --custom-compile-command "make lock" -o deploy/requirements-dev.txt
+
+clean: ## Remove the virtual environment and caches; .scoreboard (the data) stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# The file is written last, so an interrupted install starts again.
+.venv/ready: deploy/requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; %s is %s. Set PYTHON=..." % (sys.executable, sys.version.split()[0]))'
+	@echo "Installing into .venv (once; about half a minute)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r deploy/requirements-dev.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

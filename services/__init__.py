@@ -1,0 +1,1 @@
+"""The processes. Each subpackage is one process; api and gateway never import each other."""

@@ -1,0 +1,1 @@
+"""The HTTP API: takes increments, makes them durable once, ranks and announces them."""

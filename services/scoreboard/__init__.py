@@ -1,0 +1,1 @@
+"""The command `scoreboard`: runs the whole cluster on one machine and speaks to it."""
