@@ -1,0 +1,93 @@
+-- The top 10: takes scores in any order and any number of times, and announces the board when it
+-- changed. Exact because scores only grow, so that a user who fell off the end can come back only
+-- with a new score (a join-semilattice: ZADD GT with the time of reaching beside it).
+--
+-- One script, because Redis runs one at a time: boards are published in the order of their
+-- versions, and no reader sees a trimmed set beside an untrimmed board.
+--
+-- KEYS[1] sorted set: user id -> score           KEYS[2] hash: user id -> reached, microseconds
+-- KEYS[3] hash: epoch, version, floor, message   (all three share a hash tag)
+-- ARGV[1] channel        ARGV[2] rows on the board
+-- ARGV[3] ARGV[4] the newest epoch and version the caller has seen; 0 0 for none
+-- ARGV[5] '1' when the scores that follow hold the true top, so that a board may start from them
+-- ARGV[6] how many retractions follow: pairs of user id, score that PostgreSQL does not confirm
+-- then    triples of user id, score, reached
+--
+-- Returns {epoch, version, floor}, or nil when the board is missing, or older than the caller has
+-- seen (Redis lost writes), and the scores given are not the whole top: rebuild it.
+
+local scores, reached, board = KEYS[1], KEYS[2], KEYS[3]
+local channel, size = ARGV[1], tonumber(ARGV[2])
+local seen_epoch, seen_version = tonumber(ARGV[3]), tonumber(ARGV[4])
+
+local position = redis.call('HMGET', board, 'epoch', 'version')
+local epoch, version = tonumber(position[1]), tonumber(position[2])
+
+local lost = not epoch or not version or epoch < seen_epoch
+  or (epoch == seen_epoch and version < seen_version)
+if lost then
+  if ARGV[5] ~= '1' then return nil end
+  local time = redis.call('TIME')
+  epoch = math.max(time[1] * 1000000 + time[2], seen_epoch + 1)
+  version = 0
+end
+
+local at = 7
+for _ = 1, tonumber(ARGV[6]) do
+  local user, wrong = ARGV[at], tonumber(ARGV[at + 1])
+  if tonumber(redis.call('ZSCORE', scores, user) or nil) == wrong then
+    redis.call('ZREM', scores, user)
+    redis.call('HDEL', reached, user)
+  end
+  at = at + 2
+end
+
+while ARGV[at] do
+  local user, score = ARGV[at], tonumber(ARGV[at + 1])
+  local held = redis.call('ZSCORE', scores, user)
+  if not held or score >= tonumber(held) then
+    redis.call('ZADD', scores, score, user)
+    redis.call('HSET', reached, user, ARGV[at + 2])
+  end
+  at = at + 3
+end
+
+-- Redis returns equal scores in descending order of the id's bytes. Lua's own comparison of
+-- strings follows the server's locale, so the place in this list decides the last tie instead.
+local rows = {}
+local listed = redis.call('ZRANGE', scores, 0, -1, 'REV', 'WITHSCORES')
+for i = 1, #listed, 2 do
+  local since = tonumber(redis.call('HGET', reached, listed[i]) or nil) or math.huge
+  rows[#rows + 1] = {user = listed[i], score = tonumber(listed[i + 1]), since = since, place = i}
+end
+table.sort(rows, function(a, b)
+  if a.score ~= b.score then return a.score > b.score end
+  if a.since ~= b.since then return a.since < b.since end
+  return a.place > b.place
+end)
+for i = #rows, size + 1, -1 do
+  redis.call('ZREM', scores, rows[i].user)
+  redis.call('HDEL', reached, rows[i].user)
+  rows[i] = nil
+end
+
+-- Numbers by format, because cjson rounds to 14 digits.
+local lines = {}
+for rank, row in ipairs(rows) do
+  local user = cjson.encode(row.user):gsub('\\/', '/')
+  lines[rank] = string.format('{"userId":%s,"score":%.0f,"rank":%d}', user, row.score, rank)
+end
+local top = '[' .. table.concat(lines, ',') .. ']'
+local function message()
+  return string.format('{"epoch":%.0f,"version":%.0f,"topScores":%s}', epoch, version, top)
+end
+
+-- Below the floor a score changes nothing here; it never falls while scores only grow.
+local floor = rows[size] and string.format('%.0f', rows[size].score) or '0'
+if lost or redis.call('HGET', board, 'message') ~= message() then
+  version = version + 1
+  redis.call('HSET', board, 'epoch', string.format('%.0f', epoch),
+    'version', string.format('%.0f', version), 'floor', floor, 'message', message())
+  redis.call('PUBLISH', channel, message())
+end
+return {string.format('%.0f', epoch), string.format('%.0f', version), floor}

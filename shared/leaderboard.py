@@ -1,0 +1,101 @@
+"""The top 10 in Redis: written by the API, read by the API and the gateway.
+
+Everything here can be rebuilt from PostgreSQL. Nothing retries: a lost write is repaired by the
+next rebuild, and the caller knows best whether it can wait for that.
+"""
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisClusterException, RedisError
+
+from shared.board import BOARD_SIZE, Board, Score, decode_board
+
+CHANNEL = "scores_channel"
+
+# One hash tag, so that the script's keys live on one node of a Redis Cluster.
+SCORES_KEY = "{scoreboard}:scores"
+REACHED_KEY = "{scoreboard}:reached"
+BOARD_KEY = "{scoreboard}:board"
+REBUILD_KEY = "{scoreboard}:rebuild"
+
+REDIS_FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
+"""All the ways Redis fails: the cluster's errors are no ``RedisError`` (redis-py 8.1)."""
+
+
+class Leaderboard:
+    """The board as one replica sees it.
+
+    Attributes:
+        floor: A score below it changes nothing, so it need not be sent. A stale floor is only
+            too low while scores grow, hence safe.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._script = redis.register_script(
+            files("shared").joinpath("leaderboard.lua").read_text(encoding="utf-8")
+        )
+        self._seen = (0, 0)
+        self.floor = 0
+
+    async def read(self) -> Board | None:
+        """The board as last announced; None when Redis holds none."""
+        message = await self._redis.hget(BOARD_KEY, "message")
+        return None if message is None else decode_board(message)
+
+    async def apply(self, scores: Iterable[Score]) -> bool:
+        """
+        Rank scores that are committed, and announce the board if that changed it.
+
+        Returns:
+            False when Redis has no board or an older one than this replica has seen: call
+            :meth:`rebuild`.
+        """
+        return await self._run(scores, retractions={}, whole=False)
+
+    async def rebuild(self, top: Iterable[Score], retractions: Mapping[str, float]) -> None:
+        """
+        Make Redis agree with PostgreSQL, upward and downward.
+
+        Args:
+            top: The best of all shards, read after ``retractions`` were looked up.
+            retractions: Entries of :meth:`entries` that PostgreSQL does not confirm.
+        """
+        await self._run(top, retractions=retractions, whole=True)
+
+    async def _run(
+        self, scores: Iterable[Score], *, retractions: Mapping[str, float], whole: bool
+    ) -> bool:
+        arguments: list[Any] = [CHANNEL, BOARD_SIZE, *self._seen, int(whole), len(retractions)]
+        for user_id, score in retractions.items():
+            arguments += (user_id, score)
+        for row in scores:
+            arguments += (row.user_id, row.score, row.reached_us)
+        answer = await self._script(keys=[SCORES_KEY, REACHED_KEY, BOARD_KEY], args=arguments)
+        if answer is None:
+            return False
+        epoch, version, floor = map(int, answer)
+        self._seen = max(self._seen, (epoch, version))
+        self.floor = floor
+        return True
+
+    async def refresh_floor(self) -> None:
+        """Take over the floor that other replicas have raised, or a repair has lowered."""
+        floor = await self._redis.hget(BOARD_KEY, "floor")
+        self.floor = 0 if floor is None else int(floor)
+
+    async def entries(self) -> dict[str, float]:
+        """What Redis believes: user id → score, unchecked."""
+        rows: Any = await self._redis.zrange(SCORES_KEY, 0, -1, withscores=True)
+        return {user_id.decode("utf-8", "replace"): float(score) for user_id, score in rows}
+
+    async def discard(self) -> None:
+        """Drop keys that are not what they should be; the next rebuild starts a new epoch."""
+        await self._redis.delete(SCORES_KEY, REACHED_KEY, BOARD_KEY)
+
+    async def claim_rebuild(self, period_ms: int) -> bool:
+        """Whether this replica is the one to rebuild in this period."""
+        return bool(await self._redis.set(REBUILD_KEY, 1, nx=True, px=period_ms))
