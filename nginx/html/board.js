@@ -36,6 +36,7 @@ let you = null;
 function takeToken(text) {
   const claims = claimsOf(text);
   if (typeof claims?.sub !== "string") {
+    page.token.hidden = false;
     page.wrong.textContent = "That is not a token: it has three parts with dots between, and names a user.";
     return;
   }
