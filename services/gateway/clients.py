@@ -114,7 +114,7 @@ class Client(WSListener):
         # Clients that came together, after a restart, are not pinged together.
         self._ping_at = now + random.uniform(0.5, 1.0) * PING_EVERY_S  # noqa: S311
         if self._clients.join(self):
-            self.show()
+            metrics.FRAMES_SENT.inc(self.show())
             self._clients.wheel.put(self, self._due())
         else:
             self.close(Close.TOO_MANY_CONNECTIONS, "too many connections")
@@ -167,7 +167,7 @@ class Client(WSListener):
     def resume_writing(self) -> None:
         self.paused_at = None
         self._clients.stalled -= 1
-        self.show()
+        metrics.FRAMES_SENT.inc(self.show())
 
     def show(self) -> bool:
         """Send the newest board, unless the client has it or cannot take it now."""
