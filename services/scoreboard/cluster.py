@@ -1,0 +1,337 @@
+"""What a cluster consists of, in which order it starts, scales and stops."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from services.scoreboard.home import ClusterError, Home, ProcessState, State, last_line
+from services.scoreboard.servers import Binaries, Nginx, Postgres, http_status, valkey, valkey_url
+from services.scoreboard.supervisor import Identity, Port, Program, Supervised, run_once
+
+REPLICAS_MAX = 16
+"""Of one service: PostgreSQL has connections for as many, one machine hardly the cores."""
+
+SHARDS_MAX = 16
+"""A machine that needs more has long needed a second machine."""
+
+DRAIN_SECONDS = 2
+"""What a gateway takes to send its clients away; there are few on one machine."""
+
+OLD_WORKERS_SECONDS = 4.0
+"""After a reload, an old Nginx worker may send requests to a replica it still knows: for the
+template's keepalive_min_timeout (3 s) its clients keep their connections. Then it knows none."""
+
+REPLICA_STOP_SECONDS = DRAIN_SECONDS + 10.0
+"""SIGTERM to exit, before SIGKILL: the drain and the last requests, each bounded to 2 s."""
+
+SERVICE_VARIABLES = (
+    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "JWT_SECRET",
+)  # fmt: skip
+"""Set for each service here; the user's own, and their ``*_FILE`` twins, are for another cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How many of what."""
+
+    api: int
+    gateway: int
+    shards: int
+
+
+class Cluster:
+    """The processes of one home, and the state that tells others of them."""
+
+    def __init__(
+        self, home: Home, *, port: int, size: Size, shown: Callable[[State], None]
+    ) -> None:
+        self._home = home
+        self._size = size
+        self._shown = shown
+        self._state = State(
+            pid=os.getpid(),
+            port=port,
+            url=f"http://127.0.0.1:{port}/",
+            secrets_dir=str(home.secrets),
+        )
+        self._ports: dict[int, Port] = {}
+        self._shards: list[Supervised] = []
+        self._valkey: list[Supervised] = []
+        self._nginx: list[Supervised] = []
+        self._replicas: dict[str, list[Supervised]] = {"api": [], "gateway": []}
+        self._asked_to_stop = asyncio.Event()
+        self._wished = asyncio.Event()
+
+    async def run(self) -> None:
+        """
+        Bring the cluster up and keep it up until SIGINT, SIGTERM or SIGHUP; SIGUSR1 reads the wish.
+
+        Raises:
+            ClusterError: If it does not come up. Nothing is left running then.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._asked_to_stop.set)
+        loop.add_signal_handler(signal.SIGUSR1, self._wished.set)
+        self._changed()
+        try:
+            await self._unless_stopped(self._start())
+            while not self._asked_to_stop.is_set():
+                await self._unless_stopped(self._wished.wait())
+                if self._wished.is_set():
+                    self._wished.clear()
+                    await self._unless_stopped(self._grant(self._home.wish()))
+        except ClusterError as error:
+            self._state.error = str(error)
+            raise
+        finally:
+            self._phase("stopping")
+            await self._stop()
+            for reserved in self._ports.values():
+                reserved.release()
+            self._phase("stopped")
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do it, or leave off as soon as the cluster is asked to stop."""
+        working = asyncio.create_task(work)
+        stop = asyncio.create_task(self._asked_to_stop.wait())
+        try:
+            await asyncio.wait((working, stop), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if not working.done():
+                working.cancel()
+                await asyncio.wait((working,))
+        if not working.cancelled():
+            working.result()
+
+    async def _start(self) -> None:
+        # All that can be found wrong beforehand is, with nothing started.
+        binaries = Binaries.find(os.environ)
+        edge = self._edge_port()
+        postgres = Postgres(binaries.postgres, self._home)
+        shard_ports = [self._port() for _ in range(self._size.shards)]
+        valkey_port = self._port()
+        self._home.write_secret("shard_urls", ",".join(map(postgres.url, shard_ports)))
+        self._home.write_secret("redis_url", valkey_url(self._home, valkey_port))
+        self._home.secret("jwt_secret")
+
+        for shard, port in enumerate(shard_ports):
+            self._shards.append(
+                self._supervised(f"postgres-{shard}", postgres.program(shard, port), port)
+            )
+        self._valkey.append(
+            self._supervised(
+                "valkey", valkey(binaries.valkey, self._home, valkey_port), valkey_port
+            )
+        )
+        migration = self._process_state("migrate")
+        for service, count in (("api", self._size.api), ("gateway", self._size.gateway)):
+            self._replicas[service] = [self._replica(service, index) for index in range(count)]
+        nginx_log = self._home.log / "nginx.log"
+        self._edge = Nginx(binaries.nginx, self._home, edge, nginx_log)
+        self._edge.render(self._ports_of("api"), self._ports_of("gateway"))
+        self._nginx.append(self._supervised("nginx", self._edge.program(), edge))
+
+        await self._create_shards(postgres)
+        await _all(*(server.start() for server in (*self._shards, *self._valkey)))
+        await self._migrate(migration)
+        await _all(
+            *(replica.start() for replicas in self._replicas.values() for replica in replicas),
+            *(server.start() for server in self._nginx),
+        )
+        self._phase("ready")
+
+    async def _create_shards(self, postgres: Postgres) -> None:
+        for server in self._shards:
+            server.state.state = "creating"
+        self._changed()
+        await _all(*(postgres.create(shard) for shard in range(self._size.shards)))
+        # All or none: how many there are says later on how many shards the data lives on.
+        for shard in range(self._size.shards):
+            postgres.adopt(shard)
+
+    async def _migrate(self, state: ProcessState) -> None:
+        state.state = "starting"
+        self._changed()
+        log = self._home.log / "migrate.log"
+        argv = [sys.executable, "-P", "-m", "services.scoreboard", "migrate"]
+        if await run_once(argv, self._environ(), log, Identity()) != 0:
+            raise ClusterError(f"The migration failed: {last_line(log)} (log: {log})")
+        state.state = "done"
+        self._changed()
+
+    async def _grant(self, wish: Mapping[str, str | int]) -> None:
+        if not wish:
+            return
+        try:
+            await self._scale({name: int(wish[name]) for name in self._replicas if name in wish})
+        except ClusterError as error:
+            self._state.wish_error = str(error)
+        else:
+            self._state.wish_error = None
+        self._state.wish = str(wish["id"])
+        self._changed()
+
+    async def _scale(self, counts: Mapping[str, int]) -> None:
+        """
+        Run that many replicas of each service, failing no request on the way.
+
+        New ones are ready before Nginx hears of them; old ones end only after no worker of Nginx
+        knows them any more.
+        """
+        added, removed = [], []
+        for service, count in counts.items():
+            replicas = self._replicas[service]
+            removed += replicas[count:]
+            added += [self._replica(service, index) for index in range(len(replicas), count)]
+        try:
+            await _all(*(replica.start() for replica in added))
+        except BaseException:
+            await self._end(added)
+            raise
+        for service, replicas in self._replicas.items():
+            replicas += [one for one in added if one.state.name.startswith(f"{service}-")]
+            self._replicas[service] = [one for one in replicas if one not in removed]
+        try:
+            self._edge.render(self._ports_of("api"), self._ports_of("gateway"))
+            await self._edge.reload(lambda: self._nginx[0].signal(signal.SIGHUP))
+            if removed:
+                await asyncio.sleep(OLD_WORKERS_SECONDS)
+        finally:
+            await self._end(removed)
+
+    async def _end(self, replicas: list[Supervised]) -> None:
+        """Stop them and forget them."""
+        await asyncio.gather(*(replica.stop() for replica in replicas))
+        for state in (replica.state for replica in replicas):
+            self._state.processes.remove(state)
+            for number in {state.port, state.operations_port}:
+                self._ports.pop(number or 0).release()
+        self._changed()
+
+    async def _stop(self) -> None:
+        """From the edge inwards, so that whoever is being answered still is."""
+        await asyncio.gather(
+            *(server.stop() for server in (*self._nginx, *self._replicas["gateway"]))
+        )
+        await asyncio.gather(*(server.stop() for server in self._replicas["api"]))
+        await asyncio.gather(*(server.stop() for server in (*self._shards, *self._valkey)))
+
+    def _replica(self, service: str, index: int) -> Supervised:
+        port = self._port()
+        operations_port = self._port() if service == "gateway" else port
+        environ = self._environ() | {"PORT": str(port)}
+        if service == "gateway":
+            environ["OPERATIONS_PORT"] = str(operations_port)
+
+        async def ready(_pid: int) -> bool:
+            return await http_status(operations_port, "/readyz") == 200
+
+        program = Program(
+            argv=[sys.executable, "-P", "-m", f"services.{service}"],
+            environ=environ,
+            ready=ready,
+            stop=((signal.SIGTERM, REPLICA_STOP_SECONDS),),
+            parent_death=signal.SIGTERM,
+        )
+        replica = self._supervised(f"{service}-{index}", program, port)
+        replica.state.operations_port = operations_port
+        return replica
+
+    def _environ(self) -> dict[str, str]:
+        """The user's settings for the services, with this cluster's addresses and secrets."""
+        ours = {name for base in SERVICE_VARIABLES for name in (base, f"{base}_FILE")}
+        return {name: value for name, value in os.environ.items() if name not in ours} | {
+            "HOST": "127.0.0.1",
+            "SHARD_URLS_FILE": str(self._home.secrets / "shard_urls"),
+            "REDIS_URL_FILE": str(self._home.secrets / "redis_url"),
+            "JWT_SECRET_FILE": str(self._home.secrets / "jwt_secret"),
+            "DRAIN_SECONDS": str(DRAIN_SECONDS),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _supervised(self, name: str, program: Program, port: int) -> Supervised:
+        return Supervised(program, self._process_state(name, port), self._changed)
+
+    def _process_state(self, name: str, port: int | None = None) -> ProcessState:
+        state = ProcessState(name=name, log=str(self._home.log / f"{name}.log"), port=port)
+        self._state.processes.append(state)
+        return state
+
+    def _ports_of(self, service: str) -> list[int]:
+        return [replica.state.port for replica in self._replicas[service] if replica.state.port]
+
+    def _port(self) -> int:
+        port = Port()
+        self._ports[port.number] = port
+        return port.number
+
+    def _edge_port(self) -> int:
+        wanted = self._state.port
+        try:
+            port = Port(wanted)
+        except OSError as error:
+            reason = "needs root" if isinstance(error, PermissionError) else "is taken"
+            raise ClusterError(
+                f"Port {wanted} of 127.0.0.1 {reason}: choose another with --port."
+            ) from None
+        self._ports[port.number] = port
+        return port.number
+
+    def _phase(self, phase: str) -> None:
+        self._state.phase = phase  # type: ignore[assignment]
+        self._changed()
+
+    def _changed(self) -> None:
+        self._home.write_state(self._state)
+        self._shown(self._state)
+
+
+async def _all(*work: Coroutine[Any, Any, None]) -> None:
+    """Do it all at once; the first failure ends the rest and is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        for done in asyncio.as_completed(tasks):
+            await done
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def check_size(home: Home, *, api: int, gateway: int, shards: int | None) -> Size:
+    """
+    The size to start with; without ``shards``, what the home has, else two.
+
+    Raises:
+        ClusterError: If the home's data cannot be served so.
+    """
+    there = home.shards()
+    if shards is not None and there and shards != there:
+        raise ClusterError(
+            f"The data in {home.path} lives on {there} shard{'s' * (there > 1)}, so it cannot be "
+            f"served by {shards}: leave --shards out, or choose another --home."
+        )
+    return Size(api=api, gateway=gateway, shards=shards or there or 2)
+
+
+def parse_counts(words: tuple[str, ...]) -> dict[str, int]:
+    """
+    Read ``api=3 gateway=1``.
+
+    Raises:
+        ClusterError: If that is not what it says.
+    """
+    counts: dict[str, int] = {}
+    for word in words:
+        match = re.fullmatch(r"(api|gateway)=(\d{1,4})", word)
+        if match is None or not 1 <= int(match[2]) <= REPLICAS_MAX:
+            raise ClusterError(f"{word} is not api=N or gateway=N with N from 1 to {REPLICAS_MAX}.")
+        counts[match[1]] = int(match[2])
+    return counts
