@@ -62,9 +62,7 @@ def test_the_document_is_openapi_3_1() -> None:
 def test_the_paths_are_the_routes() -> None:
     """Every route is documented and every documented operation is a route."""
     routes = {
-        (method, route.path)
-        for route in ROUTES
-        for method in (route.methods or set()) - {"HEAD"}
+        (method, route.path) for route in ROUTES for method in (route.methods or set()) - {"HEAD"}
     }
     assert set(OPERATIONS) == routes
 
