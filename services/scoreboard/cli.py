@@ -149,9 +149,9 @@ def up(
                     greeted = True
                     _greet(state, home_path)
 
-            with home.lock():
-                home.rotate_logs(keep="supervisor")
-                asyncio.run(Cluster(home, port=port, size=size, shown=shown).run())
+            home.lock()
+            home.rotate_logs(keep="supervisor")
+            asyncio.run(Cluster(home, port=port, size=size, shown=shown).run())
 
 
 def _start_detached(
@@ -231,7 +231,7 @@ def down(home_path: Path) -> None:
                 f"The cluster in {home.path} belongs to another user (pid {state.pid})."
             ) from None
         give_up_at = time.monotonic() + STOP_SECONDS_MAX
-        with Progress() as progress:
+        with Progress(known=state) as progress:
             while (now := home.running()) is not None:
                 progress.show(now)
                 if time.monotonic() > give_up_at:
@@ -297,7 +297,7 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
         if state.phase != "ready":
             raise ClusterError(f"The cluster is {state.phase}; wait until it is ready.")
         # One wish at a time: the next command waits for its turn.
-        with (home.run / "scale.lock").open("a") as turn, Progress() as progress:
+        with (home.run / "scale.lock").open("a") as turn, Progress(known=state) as progress:
             fcntl.flock(turn, fcntl.LOCK_EX)
             wish = secrets.token_hex(8)
             home.write_wish({"id": wish, **wanted})

@@ -148,7 +148,7 @@ class Cluster:
         self._phase("ready")
 
     async def _create_shards(self, postgres: Postgres) -> None:
-        for server in self._shards:
+        for server in self._shards[self._home.shards() :]:
             server.state.state = "creating"
         self._changed()
         await _all(*(postgres.create(shard) for shard in range(self._size.shards)))

@@ -16,15 +16,22 @@ LOG_POLL_S = 0.2
 LOG_LINES_BEFORE_FOLLOWING = 10
 """Of each log, as `tail -f` does."""
 
-STYLES = {"ready": "green", "done": "green", "waiting": "dim", "stopping": "yellow"}
+STYLES = {
+    "ready": "green",
+    "done": "green",
+    "waiting": "dim",
+    "stopping": "yellow",
+    "stopped": "dim",
+}
 """Everything else is on its way, and cyan."""
 
 
 class Progress:
     """Shows states as they come: a live table on a terminal, else a line for each news."""
 
-    def __init__(self) -> None:
-        self._said: dict[str, str] = {}
+    def __init__(self, known: State | None = None) -> None:
+        """What stands in ``known`` is no news."""
+        self._said = {one.name: _news(one) for one in (known.processes if known else ())}
         self._began = time.monotonic()
         self._live = None
         if sys.stderr.isatty():
@@ -66,10 +73,14 @@ class Progress:
 
     def _say_news(self, state: State) -> None:
         for process in state.processes:
-            news = process.state + (f", restart {process.restarts}" if process.restarts else "")
+            news = _news(process)
             if self._said.get(process.name, "waiting") != news:
                 self._said[process.name] = news
                 click.echo(f"{_elapsed(self._began):>7}  {process.name:<12} {news}", err=True)
+
+
+def _news(process: ProcessState) -> str:
+    return process.state + (f", restart {process.restarts}" if process.restarts else "")
 
 
 def _elapsed(since: float) -> str:
