@@ -1,0 +1,117 @@
+"""Committed scores on their way to the board in Redis, and the repair of what got lost on it.
+
+A failure here is nobody's error: the score is safe in PostgreSQL, the answer is 200, and the
+next rebuild shows it.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+from redis.exceptions import ResponseError
+
+from services.api import metrics
+from services.api.batch import Batches, Overloaded
+from services.api.shards import Shards, is_transient
+from shared.board import Score
+from shared.leaderboard import REDIS_FAILURES, Leaderboard
+
+BATCH_MAX = 500
+"""Scores in one call of the script: it sorts that many rows in well under a millisecond."""
+
+QUEUE_MAX = 10_000
+"""Scores waiting for Redis; the ones past that are left to the rebuild."""
+
+PATIENCE_S = 0.5
+"""A score that waited longer is left to the rebuild too, and its client is answered."""
+
+REBUILD_PERIOD_S = 1.0
+"""How long the board may differ from PostgreSQL after a lost write; one replica does it for all."""
+
+log = structlog.get_logger()
+
+
+class Announcements:
+    """Ranks committed scores, together with whatever else was committed meanwhile."""
+
+    def __init__(self, shards: Shards, leaderboard: Leaderboard) -> None:
+        self._shards = shards
+        self._leaderboard = leaderboard
+        self._batches = Batches[Score, None](
+            self._apply, batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
+        )
+        self._rebuild_now = asyncio.Event()
+
+    async def announce(self, score: Score) -> None:
+        """Rank a committed score; returns when readers can see it, or it is left to the rebuild."""
+        # Not below but equal may still matter: on equal scores who was first decides.
+        if score.score < self._leaderboard.floor:
+            metrics.ANNOUNCED.labels("below_floor").inc()
+            return
+        try:
+            await self._batches.submit(score)
+        except (Overloaded, *REDIS_FAILURES) as error:
+            metrics.ANNOUNCED.labels("failed").inc()
+            log.warning("leaderboard.unavailable", error=repr(error))
+            self._rebuild_now.set()
+        else:
+            metrics.ANNOUNCED.labels("sent").inc()
+
+    async def _apply(self, scores: Sequence[Score]) -> list[Exception | None]:
+        # Of a user's scores in one batch the last is the highest.
+        newest = {score.user_id: score for score in scores}
+        if not await self._leaderboard.apply(newest.values()):
+            await self._rebuild()
+        return [None] * len(scores)
+
+    async def keep_true(self) -> None:
+        """Compare Redis with PostgreSQL, for as long as the replica lives."""
+        while True:
+            try:
+                if await self._leaderboard.claim_rebuild(int(REBUILD_PERIOD_S * 900)):
+                    await self._rebuild()
+                else:
+                    await self._leaderboard.refresh_floor()
+            except ResponseError as error:
+                # A key is of another type, or holds what is not ours.
+                log.error("leaderboard.damaged", error=repr(error))
+                metrics.REBUILDS.labels("damaged").inc()
+                await self._discard()
+            except Exception as error:
+                if not isinstance(error, REDIS_FAILURES) and not is_transient(error):
+                    raise
+                log.warning("leaderboard.rebuild_failed", error=repr(error))
+                metrics.REBUILDS.labels("failed").inc()
+            self._rebuild_now.clear()
+            try:
+                async with asyncio.timeout(REBUILD_PERIOD_S):
+                    await self._rebuild_now.wait()
+            except TimeoutError:
+                continue
+
+    async def _rebuild(self) -> None:
+        """
+        Make the board in Redis what PostgreSQL says.
+
+        Redis is read first: scores only grow, and enter Redis after their commit, so an entry
+        that PostgreSQL does not confirm afterwards was never true.
+        """
+        entries = await self._leaderboard.entries()
+        confirmed = await self._shards.scores_of(entries)
+        wrong = {
+            user_id: score
+            for user_id, score in entries.items()
+            if user_id not in confirmed or confirmed[user_id].score < score
+        }
+        await self._leaderboard.rebuild(await self._shards.top(), wrong)
+        metrics.REBUILDS.labels("repaired" if wrong else "done").inc()
+
+    async def _discard(self) -> None:
+        try:
+            await self._leaderboard.discard()
+        except REDIS_FAILURES as error:
+            log.warning("leaderboard.unavailable", error=repr(error))
+
+    async def drain(self) -> None:
+        """Wait until every score that was submitted is ranked or left to the rebuild."""
+        await self._batches.drain()

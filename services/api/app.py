@@ -1,0 +1,140 @@
+"""The composition root of an API replica: the only module that creates things."""
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+
+import structlog
+import uvloop
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from services.api.announcements import Announcements
+from services.api.endpoints import ROUTES, Api, fail, refuse
+from services.api.exchange import Exchange
+from services.api.quota import Quota, count_in_memory, count_operations
+from services.api.schema import SchemaError
+from services.api.settings import ApiSettings
+from services.api.shards import Shards
+from services.api.top import Top
+from services.api.writes import Writes
+from shared.leaderboard import Leaderboard
+from shared.log import configure_logging
+from shared.operations import operations_routes
+from shared.server import http_server
+from shared.settings import SettingsError, exit_with
+from shared.token import TokenVerifier
+
+REDIS_TIMEOUT_S = 0.25
+"""For one answer of Redis: it takes part of a millisecond, and a score need not wait for it."""
+
+REDIS_CONNECTIONS = 8
+"""Quotas, announcements and reads each have one command under way at a time."""
+
+GRACE_S = 10
+"""For requests in flight when the replica is told to end; each ends within its own deadlines."""
+
+log = structlog.get_logger()
+
+
+def main() -> None:
+    """Run one API replica until SIGTERM or SIGINT."""
+    try:
+        settings = ApiSettings.from_environ()
+        configure_logging(service="scoreboard-api", level=settings.log_level)
+        uvloop.run(serve(settings))
+    except (SettingsError, SchemaError) as error:
+        exit_with(error)
+
+
+async def serve(settings: ApiSettings) -> None:
+    """
+    Connect everything, serve, and let go of it in reverse order.
+
+    Raises:
+        SchemaError: If a shard is not as this version needs it.
+    """
+    async with AsyncExitStack() as stack:
+        shards = await stack.enter_async_context(Shards.connect(settings.shard_urls))
+        await shards.check()
+        redis = _open_redis(settings.redis_url)
+        stack.push_async_callback(redis.aclose)
+        leaderboard = Leaderboard(redis)
+        verifier = TokenVerifier(settings)
+        announcements = Announcements(shards, leaderboard)
+        writes = Writes(shards)
+        app = create_app(
+            settings,
+            shards,
+            Api(
+                verifier=verifier,
+                update_quota=Quota(
+                    "update",
+                    settings.update_rate_limit,
+                    redis,
+                    count_operations(settings.update_rate_limit, shards),
+                ),
+                top_quota=Quota(
+                    "top",
+                    settings.top_rate_limit,
+                    redis,
+                    count_in_memory(settings.top_rate_limit),
+                ),
+                writes=writes,
+                announcements=announcements,
+                top=Top(shards, leaderboard),
+                score_increment_max=settings.score_increment_max,
+            ),
+        )
+        server = http_server(app, host=settings.host, port=settings.port, grace_s=GRACE_S)
+        loop = asyncio.get_running_loop()
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(ending, server.handle_exit, ending, None)
+        # A background task that fails takes the replica down with it: better than half a replica.
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(announcements.keep_true())]
+            if verifier.key_set is not None:
+                background.append(tasks.create_task(verifier.key_set.follow()))
+            log.info("api.started", host=settings.host, port=settings.port)
+            await server.serve()
+            await writes.drain()
+            await announcements.drain()
+            for task in background:
+                task.cancel()
+        log.info("api.stopped")
+
+
+def create_app(settings: ApiSettings, shards: Shards, api: Api) -> Starlette:
+    """The application around what the endpoints work with."""
+
+    def readiness() -> str | None:
+        # A shard that is away takes its own users with it, never the replica.
+        return None if shards.is_known else "no shard has answered yet"
+
+    app = Starlette(
+        routes=[*ROUTES, *operations_routes(readiness)],
+        middleware=[Middleware(Exchange, trusted_proxies=settings.trusted_proxies)],
+        exception_handlers={HTTPException: refuse, Exception: fail},
+    )
+    # `/api/scores/top/` is no path of the contract; a redirect would make it one.
+    app.router.redirect_slashes = False
+    app.state.api = api
+    return app
+
+
+def _open_redis(url: str) -> Redis:
+    return Redis.from_pool(
+        BlockingConnectionPool.from_url(
+            url,
+            max_connections=REDIS_CONNECTIONS,
+            timeout=REDIS_TIMEOUT_S,
+            socket_timeout=REDIS_TIMEOUT_S,
+            socket_connect_timeout=REDIS_TIMEOUT_S,
+            # Retrying is decided where it is known to be safe (redis-py would try 10 times).
+            retry=Retry(NoBackoff(), 0),
+        )
+    )

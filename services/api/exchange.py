@@ -1,0 +1,83 @@
+"""What every HTTP exchange has in common: an id, whom it is with, and being counted.
+
+The edge makes the id. It is the same over Nginx's tries of one request, and stands for the
+operation in the database, so a client's own must never be taken for it.
+"""
+
+import functools
+import ipaddress
+import re
+import secrets
+import time
+from collections.abc import Sequence
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.api import metrics
+
+_EDGE_ID = re.compile(r"[0-9a-f]{32}")
+
+_PEERS_CACHED = 1024
+
+log = structlog.get_logger()
+
+
+class Exchange:
+    """ASGI middleware: sets ``request_id`` and ``client_address`` in the request's state.
+
+    What an endpoint leaves there as ``quota_headers`` goes into its answer, refused or not.
+    """
+
+    def __init__(self, app: ASGIApp, trusted_proxies: Sequence[str]) -> None:
+        self._app = app
+        networks = [ipaddress.ip_network(network) for network in trusted_proxies]
+
+        @functools.lru_cache(_PEERS_CACHED)
+        def is_trusted(peer: str) -> bool:
+            address = ipaddress.ip_address(peer)
+            return any(address in network for network in networks)
+
+        self._is_trusted = is_trusted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stamp and measure an HTTP exchange; let everything else through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        peer = scope["client"][0]
+        headers = Headers(scope=scope)
+        request_id = secrets.token_hex(16)
+        if self._is_trusted(peer):
+            peer = headers.get("x-real-ip", peer)
+            edge_id = headers.get("x-request-id", "")
+            if _EDGE_ID.fullmatch(edge_id):
+                request_id = edge_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["client_address"] = peer
+        status = 500
+        started = time.perf_counter()
+
+        async def send_stamped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                answered = MutableHeaders(scope=message)
+                answered["X-Request-ID"] = request_id
+                answered.update(state.get("quota_headers", {}))
+            await send(message)
+
+        try:
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                await self._app(scope, receive, send_stamped)
+        finally:
+            # Starlette's router leaves the route it chose; anything else is one label.
+            route = getattr(scope.get("route"), "path", "other")
+            metrics.REQUESTS.labels(route, _known_method(scope["method"]), status).inc()
+            metrics.REQUEST_SECONDS.labels(route).observe(time.perf_counter() - started)
+
+
+def _known_method(method: str) -> str:
+    return method if method in ("GET", "HEAD", "POST") else "other"

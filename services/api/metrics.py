@@ -1,0 +1,52 @@
+"""Every metric of an API replica.
+
+Label values come from small fixed sets, never from a request: a user as a label is a memory leak.
+"""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+# Resolves the objective: 99 % of updates within 50 ms, and none beyond the deadlines.
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+REQUESTS = Counter(
+    "scoreboard_http_requests_total", "Requests answered", ["route", "method", "status"]
+)
+REQUEST_SECONDS = Histogram(
+    "scoreboard_http_request_duration_seconds",
+    "From the request's head to the end of its answer",
+    ["route"],
+    buckets=_SECONDS,
+)
+QUEUE = Gauge("scoreboard_write_queue_operations", "Increments waiting for a shard", ["shard"])
+BATCH_OPERATIONS = Histogram(
+    "scoreboard_write_batch_operations",
+    "Increments in one commit",
+    ["shard"],
+    buckets=(1, 2, 5, 10, 25, 50, 100, 250, 500),
+)
+BATCH_SECONDS = Histogram(
+    "scoreboard_write_batch_duration_seconds",
+    "A commit, retries included",
+    ["shard"],
+    buckets=_SECONDS,
+)
+WRITE_RETRIES = Counter("scoreboard_write_retries_total", "Commits tried again", ["shard"])
+WRITE_FAILURES = Counter(
+    "scoreboard_write_failures_total", "Increments given up after retries", ["shard"]
+)
+ANNOUNCED = Counter(
+    "scoreboard_leaderboard_scores_total",
+    "Committed scores by what was done with them: sent to Redis, below its floor, or failed",
+    ["outcome"],
+)
+REBUILDS = Counter(
+    "scoreboard_leaderboard_rebuilds_total",
+    "Comparisons of the board in Redis with PostgreSQL",
+    ["outcome"],
+)
+QUOTA_FALLBACKS = Counter(
+    "scoreboard_quota_fallbacks_total", "Quota checks made without Redis", ["quota"]
+)
+TOP_READS = Counter(
+    "scoreboard_top_reads_total", "Where a read of the top 10 came from", ["source"]
+)

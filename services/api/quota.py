@@ -1,0 +1,188 @@
+"""How much a client may do: a moving window a client, counted in Redis.
+
+`limits` gives the notation and the keys of a quota, and the window in memory. Where Redis is away
+updates are counted from the operations in PostgreSQL, and reads in this replica's memory: a quota
+never opens and never closes because of Redis.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import structlog
+from limits import RateLimitItem
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import MovingWindowRateLimiter
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+from services.api import metrics
+from services.api.batch import Batches
+from services.api.shards import Shards
+from shared.leaderboard import REDIS_FAILURES
+
+BATCH_MAX = 500
+"""Checks in one pipeline."""
+
+QUEUE_MAX = 10_000
+"""Checks waiting for Redis; the one past that is refused as overload."""
+
+PATIENCE_S = 1.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What is left of a client's quota after this request.
+
+    Attributes:
+        whole_in_s: Seconds until nothing of it is used any more.
+        retry_in_s: Seconds until the next request is allowed; 0 when it is now.
+    """
+
+    allowed: bool
+    limit: int
+    window_s: int
+    remaining: int
+    whole_in_s: float
+    retry_in_s: float
+
+    def headers(self, name: str) -> dict[str, str]:
+        """
+        What the client is told: the three usual headers, and draft-ietf-httpapi-ratelimit-headers.
+
+        Args:
+            name: The quota's name in the draft's fields.
+        """
+        reset = math.ceil(self.whole_in_s)
+        headers = {
+            "X-RateLimit-Limit": str(self.limit),
+            "X-RateLimit-Remaining": str(self.remaining),
+            "X-RateLimit-Reset": str(reset),
+            "RateLimit": f'"{name}";r={self.remaining};t={reset}',
+            "RateLimit-Policy": f'"{name}";q={self.limit};w={self.window_s}',
+        }
+        if not self.allowed:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_in_s)))
+        return headers
+
+
+Fallback = Callable[[str], Awaitable[Allowance]]
+
+
+class Quota:
+    """One named quota, for any number of clients."""
+
+    def __init__(self, name: str, rate: RateLimitItem, redis: Redis, fallback: Fallback) -> None:
+        """
+        Args:
+            fallback: Counts one request of a client while Redis is away.
+        """
+        self.name = name
+        self._rate = rate
+        self._redis = redis
+        self._fallback = fallback
+        self._script = files("services.api").joinpath("quota.lua").read_text(encoding="utf-8")
+        self._sha = hashlib.sha1(self._script.encode(), usedforsecurity=False).hexdigest()
+        self._batches = Batches[str, Allowance](
+            self._spend, batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
+        )
+
+    async def spend(self, client: str) -> Allowance:
+        """
+        Count one request of the client, if it is allowed.
+
+        Raises:
+            Overloaded: If too many wait to be counted.
+        """
+        try:
+            return await self._batches.submit(client)
+        except REDIS_FAILURES as error:
+            metrics.QUOTA_FALLBACKS.labels(self.name).inc()
+            log.warning("quota.unavailable", quota=self.name, error=repr(error))
+            return await self._fallback(client)
+
+    async def _spend(self, clients: Sequence[str]) -> list[Allowance | Exception]:
+        try:
+            answers = await self._run(clients)
+        except NoScriptError:  # Redis has restarted: nothing of the pipeline was done.
+            await self._redis.script_load(self._script)
+            answers = await self._run(clients)
+        return [
+            allowance(
+                self._rate,
+                allowed=bool(allowed),
+                remaining=remaining,
+                whole_in_s=whole_in_ms / 1000,
+                retry_in_s=retry_in_ms / 1000,
+            )
+            for allowed, remaining, whole_in_ms, retry_in_ms in answers
+        ]
+
+    async def _run(self, clients: Sequence[str]) -> list[Any]:
+        # Not redis-py's Script: in a pipeline it asks whether the script exists, every time.
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for client in clients:
+                pipeline.evalsha(
+                    self._sha,
+                    1,
+                    self._rate.key_for(self.name, client),
+                    self._rate.amount,
+                    self._rate.get_expiry() * 1000,
+                )
+            return await pipeline.execute()
+
+
+def count_operations(rate: RateLimitItem, shards: Shards) -> Fallback:
+    """Count a user's updates from the operations in PostgreSQL; other requests cost nothing then."""
+
+    async def count(user_id: str) -> Allowance:
+        window_s = rate.get_expiry()
+        spent = await shards.spent(user_id, window_s)
+        allowed = spent.count < rate.amount
+        return allowance(
+            rate,
+            allowed=allowed,
+            remaining=max(0, rate.amount - spent.count - allowed),
+            whole_in_s=window_s if allowed else window_s - spent.newest_s,
+            retry_in_s=0 if allowed else window_s - spent.oldest_s,
+        )
+
+    return count
+
+
+def count_in_memory(rate: RateLimitItem) -> Fallback:
+    """Count in this replica alone: each replica then allows the whole quota, and no more."""
+    limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    async def count(client: str) -> Allowance:
+        allowed = await limiter.hit(rate, client)
+        window = await limiter.get_window_stats(rate, client)
+        return allowance(
+            rate,
+            allowed=allowed,
+            remaining=window.remaining,
+            whole_in_s=rate.get_expiry(),
+            retry_in_s=0 if allowed else max(0.0, window.reset_time - time.time()),
+        )
+
+    return count
+
+
+def allowance(
+    rate: RateLimitItem, *, allowed: bool, remaining: int, whole_in_s: float, retry_in_s: float
+) -> Allowance:
+    """An :class:`Allowance` of this rate."""
+    return Allowance(
+        allowed=allowed,
+        limit=rate.amount,
+        window_s=rate.get_expiry(),
+        remaining=remaining,
+        whole_in_s=whole_in_s,
+        retry_in_s=retry_in_s,
+    )
