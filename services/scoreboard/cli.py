@@ -36,6 +36,8 @@ SCALE_SECONDS_MAX = 120.0
 
 GREETING_TOKEN_SECONDS = 3600
 
+SHARD_VARIABLES = ("SHARD_URLS", "SHARD_URLS_FILE")
+
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -378,23 +380,22 @@ def migrate(home_path: Path) -> None:
     scoreboard migrate
     SHARD_URLS_FILE=/run/secrets/shard_urls scoreboard migrate
     """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from services.api.schema import SchemaError
     from services.api.schema import migrate as migrate_shards
+    from services.api.settings import ShardSettings
+    from shared.settings import SettingsError
 
-    asyncio.run(migrate_shards(_shard_urls(Home(home_path))))
-
-
-def _shard_urls(home: Home) -> list[str]:
+    home = Home(home_path)
+    environ = {name: os.environ[name] for name in SHARD_VARIABLES if name in os.environ}
     with _sentences():
-        text = os.environ.get("SHARD_URLS")
-        if text is None:
-            file = os.environ.get("SHARD_URLS_FILE")
-            if file is None:
-                _running(home)
-            path = Path(file) if file else home.secrets / "shard_urls"
-            try:
-                text = path.read_text(encoding="utf-8")
-            except OSError as error:
-                raise ClusterError(
-                    f"SHARD_URLS_FILE: cannot read {path}: {error.strerror}."
-                ) from None
-        return [url.strip() for url in text.split(",") if url.strip()]
+        if not environ:
+            _running(home)
+            environ = {"SHARD_URLS_FILE": str(home.secrets / "shard_urls")}
+        try:
+            asyncio.run(migrate_shards(ShardSettings.from_environ(environ).shard_urls))
+        except (SettingsError, SchemaError) as error:
+            raise ClusterError(str(error)) from None
+        except (OSError, SQLAlchemyError) as error:
+            raise ClusterError(f"A shard cannot be migrated: {error}") from None

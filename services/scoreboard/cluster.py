@@ -313,7 +313,7 @@ def check_size(home: Home, *, api: int, gateway: int, shards: int | None) -> Siz
         ClusterError: If the home's data cannot be served so.
     """
     there = home.shards()
-    if shards is not None and there and shards != there:
+    if shards is not None and shards < there:
         raise ClusterError(
             f"The data in {home.path} lives on {there} shard{'s' * (there > 1)}, so it cannot be "
             f"served by {shards}: leave --shards out, or choose another --home."
