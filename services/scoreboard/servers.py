@@ -412,7 +412,12 @@ class Nginx:
 
 
 def _servers(ports: list[int]) -> str:
-    return " ".join(f"server 127.0.0.1:{port} max_fails=1 fail_timeout=1s;" for port in ports)
+    # Each twice, for the reason the template gives.
+    return " ".join(
+        f"server 127.0.0.1:{port} {how};"
+        for how in ("max_fails=1 fail_timeout=1s", "backup max_fails=0")
+        for port in ports
+    )
 
 
 async def http_status(port: int, path: str) -> int:
