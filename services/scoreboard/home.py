@@ -185,6 +185,9 @@ class Home:
 
     def rotate_logs(self, *, keep: str) -> None:
         """Put the last run's logs aside, all but that of ``keep``, which is this run's already."""
+        for old in self.log.glob("*.log.1"):
+            if old.name != f"{keep}.log.1":
+                old.unlink()
         for path in self.log.glob("*.log"):
             if path.stem != keep:
                 path.replace(path.with_suffix(".log.1"))
