@@ -19,8 +19,9 @@ from pydantic import Field, StringConstraints, model_validator
 from shared.settings import Settings
 from shared.user_id import is_user_id
 
-TOKEN_BYTES_MAX = 4096
-"""A longer token is refused unread: ours are about 200 bytes, a large RS256 one about 1,500."""
+TOKEN_BYTES_MAX = 6144
+"""A longer token is refused unread. The longest user id alone makes 4,080: 255 characters of 12
+bytes, as JSON escapes them, in base64. Usual ones have 200, with RS256 600."""
 
 SECRET_BYTES_MIN = 32
 """The hash's own size, the least RFC 7518 section 3.2 allows for HS256."""

@@ -36,8 +36,8 @@ from services.api.shards import (
 ATTEMPTS_MAX = 4
 """The first try and three retries: the contract's number."""
 
-DEADLINE_S = 2.5
-"""For one batch, retries included. Nginx waits 6 s, the queue before it takes at most 2 s."""
+DEADLINE_S = 2.0
+"""For one batch, retries included. Nginx waits 5 s, and the queue before it takes at most 1 s."""
 
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 0.4
 """Full jitter over min(0.4, 0.05 * 2**n): a shard that restarts is back within a few tenths."""
@@ -48,7 +48,7 @@ BATCH_MAX = 500
 QUEUE_MAX = 4096
 """Operations waiting for one shard: about a tenth of a second of its capacity."""
 
-QUEUE_PATIENCE_S = 2.0
+QUEUE_PATIENCE_S = 1.0
 
 OWNER_WAIT_S = 0.05
 """Between two looks at the catalogs for the owner of a partition that moves or whose shard is away."""

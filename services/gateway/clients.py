@@ -1,0 +1,338 @@
+"""All connections: who is shown what, and who is closed when and why.
+
+A broadcast is one ``send`` a client, and everything else here exists to keep it that way. The frame
+is built once and its bytes are shared. A client has one slot, and the slot holds no message: it
+only says which board the client was shown last. So a client that cannot keep up is passed over, and
+is shown the newest board once it can be, never an older one after it. A queue a client would hold
+boards nobody wants to see any more, and would need a limit and a second way to fall behind.
+
+Nothing here waits for a client. The socket is written to as long as the kernel takes the bytes;
+when it stops, the transport keeps the rest of that one frame and says so (``pause_writing``).
+"""
+
+import asyncio
+import random
+from collections import Counter
+from contextlib import suppress
+from enum import IntEnum
+from typing import cast
+
+from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
+
+from services.gateway import metrics
+from services.gateway.wheel import TICK_S, Wheel
+
+PING_EVERY_S = 20.0
+"""Between pings, and how long a pong may take. Proxies drop what is silent for 60 s."""
+
+STALL_MAX_S = 10.0
+"""How long a client may take nothing. Proxy and kernel hold a hundred boards before it is noticed
+here, so it has been away for much longer, and reconnecting shows it the newest board at once."""
+
+CLOSE_TIMEOUT_S = 3.0
+"""How long a client may take to answer a close before it is cut off."""
+
+CONTROL_FRAMES_PER_S = 10
+"""Pings and pongs a client may send; a well-behaved one sends one in some seconds."""
+
+SLICE = 500
+"""Clients served before others get the loop: about 3 ms of sending."""
+
+DRAIN_PER_S_MIN = 100
+"""Closes a second that no remaining gateway notices, so a smaller one need not take the window."""
+
+DRAIN_STEP_S = 0.1
+
+FRAME_OFFSET = 14
+"""Room that picows wants before the payload to write the frame's header into."""
+
+
+class Close(IntEnum):
+    """Why the gateway ends a connection; the contract tells clients what to do about each."""
+
+    NORMAL = 1000
+    PROTOCOL_ERROR = 1002
+    RECEIVE_ONLY = 1008
+    RESTART = 1012
+    STALLED = 1013
+    TOKEN_EXPIRED = 4401
+    TOO_MANY_CONNECTIONS = 4429
+
+
+CLOSE_CODES_RECEIVABLE = frozenset({*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)})
+"""What a peer may send: the rest is reserved, or not for the wire (RFC 6455, section 7.4)."""
+
+
+class Client(WSListener):
+    """One connection.
+
+    Attributes:
+        subject: The user.
+        expires_at: When the token expires, on the loop's clock.
+        shown: The frame last sent.
+        paused_at: Since when the client takes nothing; None while it does.
+        slot: The wheel's.
+    """
+
+    __slots__ = (
+        "_clients",
+        "_close_by",
+        "_control_frames",
+        "_control_second",
+        "_heard",
+        "_ping_at",
+        "_transport",
+        "expires_at",
+        "paused_at",
+        "shown",
+        "slot",
+        "subject",
+    )
+
+    _transport: WSTransport
+
+    def __init__(self, clients: "Clients", subject: str, expires_at: float) -> None:
+        self._clients = clients
+        self.subject = subject
+        self.expires_at = expires_at
+        self.shown: bytearray | None = None
+        self.paused_at: float | None = None
+        self.slot = 0
+        self._close_by: float | None = None
+        self._heard = True
+        self._ping_at = 0.0
+        self._control_frames = 0
+        self._control_second = 0
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        self._transport = transport
+        _forget_request(transport)
+        # Tell of the first byte the kernel does not take, and again when it has taken the last:
+        # then at most one board waits here.
+        transport.underlying_transport.set_write_buffer_limits(high=0, low=0)
+        now = self._clients.now()
+        # Clients that came together, after a restart, are not pinged together.
+        self._ping_at = now + random.uniform(0.5, 1.0) * PING_EVERY_S  # noqa: S311
+        if self._clients.join(self):
+            self.show()
+            self._clients.wheel.put(self, self._due())
+        else:
+            self.close(Close.TOO_MANY_CONNECTIONS, "too many connections")
+
+    def on_ws_disconnected(self, transport: WSTransport) -> None:
+        ended = transport.close_handshake.sent if transport.is_close_frame_sent else None
+        if ended is not None and self._close_by is None:
+            # picows itself ended it, over a frame it could not accept.
+            metrics.CLOSES.labels(cast("int", ended.code)).inc()
+        self._clients.leave(self)
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        if frame.msg_type == WSMsgType.CLOSE:
+            self._closed_by_client(frame.get_payload_as_bytes()[:2])
+        elif self._close_by is not None:
+            return
+        elif frame.rsv1 or frame.rsv2 or frame.rsv3 or frame.msg_type == WSMsgType.CONTINUATION:
+            self.close(Close.PROTOCOL_ERROR, "protocol error")
+        elif frame.msg_type in (WSMsgType.PING, WSMsgType.PONG):
+            self._control_frame(frame)
+        else:
+            self.close(Close.RECEIVE_ONLY, "receive-only")
+
+    def _closed_by_client(self, payload: bytes) -> None:
+        if self._close_by is None:
+            code = int.from_bytes(payload, "big") if payload else Close.NORMAL
+            valid = code in CLOSE_CODES_RECEIVABLE
+            self._send_close(code if valid else Close.PROTOCOL_ERROR, "")
+        self._transport.disconnect()
+
+    def _control_frame(self, frame: WSFrame) -> None:
+        second = int(self._clients.now())
+        if second != self._control_second:
+            self._control_second, self._control_frames = second, 0
+        self._control_frames += 1
+        if self._control_frames > CONTROL_FRAMES_PER_S:
+            self.close(Close.RECEIVE_ONLY, "too many pings")
+            return
+        self._heard = True
+        # A client that takes nothing would make us keep its pongs.
+        if frame.msg_type == WSMsgType.PING and self.paused_at is None:
+            self._transport.send_pong(frame.get_payload_as_bytes())
+
+    def pause_writing(self) -> None:
+        self.paused_at = self._clients.now()
+        self._clients.stalled += 1
+        if self._close_by is None:
+            self._clients.wheel.put(self, self._due())
+
+    def resume_writing(self) -> None:
+        self.paused_at = None
+        self._clients.stalled -= 1
+        self.show()
+
+    def show(self) -> bool:
+        """Send the newest board, unless the client has it or cannot take it now."""
+        newest = self._clients.newest
+        if self.shown is newest or self._close_by is not None:
+            return False
+        if newest is None or self.paused_at is not None:
+            return False
+        self.shown = newest
+        self._transport.send_reuse_external_bytearray(WSMsgType.TEXT, newest, FRAME_OFFSET)
+        return True
+
+    def close(self, code: Close, reason: str) -> None:
+        """Start the closing handshake; the client has ``CLOSE_TIMEOUT_S`` to finish it."""
+        if self._close_by is None:
+            metrics.CLOSES.labels(int(code)).inc()
+            self._send_close(code, reason)
+
+    def _send_close(self, code: int, reason: str) -> None:
+        self._close_by = self._clients.now() + CLOSE_TIMEOUT_S
+        # picows takes any number here; its type names the registered ones only.
+        self._transport.send_close(cast("WSCloseCode", int(code)), reason)
+        self._clients.wheel.put(self, self._close_by)
+
+    def check(self, now: float) -> None:
+        """Do what is due by now."""
+        if self._close_by is not None:
+            self._transport.disconnect(graceful=False)
+        elif now >= self.expires_at:
+            self.close(Close.TOKEN_EXPIRED, "token expired")
+        elif self.paused_at is not None and now >= self.paused_at + STALL_MAX_S:
+            self.close(Close.STALLED, "stalled")
+        elif self.paused_at is None and now >= self._ping_at and not self._heard:
+            self.close(Close.STALLED, "no pong")
+        else:
+            if self.paused_at is None and now >= self._ping_at:
+                self._heard = False
+                self._ping_at = now + PING_EVERY_S
+                self._transport.send_ping()
+            self._clients.wheel.put(self, self._due())
+
+    def _due(self) -> float:
+        at = self._ping_at if self.paused_at is None else self.paused_at + STALL_MAX_S
+        return min(at, self.expires_at)
+
+
+class Clients:
+    """The connections of this process.
+
+    Attributes:
+        newest: The frame of the newest board: ``FRAME_OFFSET`` bytes for the header, then the
+            message. None before the first board.
+        wheel: When to look at whom again.
+        stalled: How many take nothing at the moment.
+        draining: Set when the process is to end.
+    """
+
+    def __init__(self, *, limit: int, limit_per_user: int) -> None:
+        self._limit = limit
+        self._limit_per_user = limit_per_user
+        self.now = asyncio.get_running_loop().time
+        self.wheel: Wheel[Client] = Wheel(self.now())
+        self.newest: bytearray | None = None
+        self.stalled = 0
+        self.draining = False
+        self._open: set[Client] = set()
+        self._of_user: Counter[str] = Counter()
+        self._newer = asyncio.Event()
+        self._left = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether one more could be shown a board."""
+        return self.newest is not None and not self.draining and len(self._open) < self._limit
+
+    def join(self, client: Client) -> bool:
+        """Count the client in; False when its user has too many, and it must be closed."""
+        self._open.add(client)
+        self._of_user[client.subject] += 1
+        return self._of_user[client.subject] <= self._limit_per_user
+
+    def leave(self, client: Client) -> None:
+        """Forget the client."""
+        self._open.discard(client)
+        self._of_user[client.subject] -= 1
+        if not self._of_user[client.subject]:
+            del self._of_user[client.subject]
+        if client.paused_at is not None:
+            self.stalled -= 1
+        self.wheel.drop(client)
+        self._left.set()
+
+    def publish(self, message: bytes) -> None:
+        """Show ``message`` to everyone, soon. Only ever called with a newer board."""
+        self.newest = bytearray(FRAME_OFFSET) + message
+        self._newer.set()
+
+    async def broadcast(self) -> None:
+        """Serve the publications, in slices, so that a handshake never waits for a whole pass.
+
+        A board that comes during a pass is what the rest of the pass shows, and the next pass
+        skips those who have it.
+        """
+        while True:
+            await self._newer.wait()
+            self._newer.clear()
+            clients = tuple(self._open)
+            for start in range(0, len(clients), SLICE):
+                sent = skipped = 0
+                for client in clients[start : start + SLICE]:
+                    if client.show():
+                        sent += 1
+                    elif client.paused_at is not None:
+                        skipped += 1
+                metrics.FRAMES_SENT.inc(sent)
+                metrics.FRAMES_SKIPPED.inc(skipped)
+                await asyncio.sleep(0)
+
+    async def keep_time(self) -> None:
+        """Turn the wheel."""
+        while True:
+            await asyncio.sleep(TICK_S - self.now() % TICK_S)
+            for seen, client in enumerate(self.wheel.due(self.now())):
+                client.check(self.now())
+                if seen % SLICE == SLICE - 1:
+                    await asyncio.sleep(0)
+
+    async def drain(self, window_s: float) -> None:
+        """Close everyone, evenly over ``window_s`` seconds; returns when they have gone.
+
+        They all reconnect, so the closes are paced for the gateways that remain. The steps
+        jitter, or gateways that restart together would beat together.
+        """
+        self.draining = True
+        clients = list(self._open)
+        random.shuffle(clients)
+        window_s = min(window_s, len(clients) / DRAIN_PER_S_MIN)
+        start = self.now()
+        closed = 0
+        while closed < len(clients):
+            elapsed = self.now() - start
+            until = len(clients) if elapsed >= window_s else int(len(clients) * elapsed / window_s)
+            for client in clients[closed:until]:
+                client.close(Close.RESTART, "restart")
+            closed = until
+            if closed < len(clients):
+                await asyncio.sleep(random.uniform(0.5, 1.5) * DRAIN_STEP_S)  # noqa: S311
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S + 2 * TICK_S):
+                while self._open:
+                    self._left.clear()
+                    await self._left.wait()
+
+
+def _forget_request(transport: WSTransport) -> None:
+    """Drop what the handshake said, the token above all: picows keeps it as long as the connection.
+
+    Its read buffer, too, still holds what lay behind the end of the longer requests.
+    """
+    transport.request.headers.clear()
+    transport.request.path = b""
+    transport.response.headers.clear()
+    reader = cast("asyncio.BufferedProtocol", transport.underlying_transport.get_protocol())
+    free = cast("memoryview", reader.get_buffer(-1))
+    free[:] = bytes(len(free))

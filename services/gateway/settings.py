@@ -1,0 +1,22 @@
+"""What a gateway is told by its environment."""
+
+from pydantic import Field
+
+from shared.settings import ReplicaSettings
+from shared.token import TokenSettings
+
+
+class GatewaySettings(ReplicaSettings, TokenSettings):
+    """Read once, in the composition root."""
+
+    operations_port: int = Field(
+        8001, ge=1, le=65535, description="a port from 1 to 65535 for /livez, /readyz and /metrics"
+    )
+    # A common limit of open files is 20,000; the rest is for handshakes and the gateway itself.
+    connections_max: int = Field(19_000, ge=1, description="a number of connections, at least 1")
+    # A person's tabs and devices. More is a program that forgets to close.
+    connections_per_user_max: int = Field(
+        20, ge=1, description="a number of connections, at least 1"
+    )
+    # Below the 30 s an orchestrator commonly waits before it kills.
+    drain_seconds: float = Field(20.0, ge=0, le=3600, description="seconds from 0 to 3600")

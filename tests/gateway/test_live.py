@@ -1,0 +1,264 @@
+"""What a connected client sees, and what ends its connection."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from picows import ws_create_server
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from services.gateway import clients
+from services.gateway.handshake import Handshake
+from shared.board import Score
+from shared.leaderboard import Leaderboard
+from shared.token import TokenSettings, TokenVerifier
+from tests.gateway.harness import (
+    SECRET,
+    Gateway,
+    RawClient,
+    Scores,
+    Valkey,
+    eventually,
+    get,
+    next_score,
+    running_gateway,
+    score_of,
+    token,
+)
+
+TEXT, BINARY, CONTINUATION, CLOSE, PING, PONG = 0x81, 0x82, 0x80, 0x88, 0x89, 0x8A
+
+
+async def test_the_current_board_comes_first_and_then_each_newer_one(
+    gateway: Gateway, scores: Scores
+) -> None:
+    """A client need not wait for a change to see the board."""
+    await scores.announce(10)
+    async with gateway.connect() as early:
+        assert await next_score(early) == 10
+        await scores.announce(11)
+        assert await next_score(early) == 11
+        async with gateway.connect() as late:
+            assert await next_score(late) == 11
+            await scores.announce(12)
+            assert await next_score(late) == await next_score(early) == 12
+
+
+async def test_the_leaderboard_s_own_announcement_arrives(gateway: Gateway, scores: Scores) -> None:
+    """The gateway reads what the leaderboard script writes, with names as they are."""
+    leaderboard = Leaderboard(scores.redis)
+    await leaderboard.discard()
+    await leaderboard.rebuild([Score("Zoë \"'/", 3, 1)], {})
+
+    async with gateway.connect() as client:
+        expected = (
+            '{"event":"scoresUpdate","topScores":[{"userId":"Zoë \\"\'/","score":3,"rank":1}]}'
+        )
+        async with asyncio.timeout(2):
+            while await client.recv() != expected:
+                pass
+    scores.later()
+
+
+async def test_an_older_or_repeated_board_is_never_shown(gateway: Gateway, scores: Scores) -> None:
+    """Whatever order the channel has, clients see boards in the order of their positions."""
+    dropped = await gateway.metric("boards_dropped_total")
+    older, newer = scores.board(20), scores.board(21)
+    async with gateway.connect() as client:
+        await next_score(client)
+        for board in (newer, older, newer, scores.board(22, epoch=1), "no board", "[]"):
+            await scores.publish(board)
+        await scores.announce(23)
+
+        assert [await next_score(client), await next_score(client)] == [21, 23]
+    assert await gateway.metric("boards_dropped_total") == dropped + 3
+
+
+async def test_a_client_that_does_not_read_gets_the_newest_board_when_it_does(
+    gateway: Gateway, scores: Scores
+) -> None:
+    """Boards are skipped for it alone; nothing old is shown after something new."""
+    boards = 200
+    slow = await RawClient.connect(gateway.port, receive_bytes=4096)
+    async with gateway.connect() as fast:
+        await next_score(fast)
+        for score in range(100, 100 + boards):
+            await scores.announce(score, user="u" * 255)
+            assert await next_score(fast) == score
+    assert await gateway.metric("stalled_clients") == 1
+
+    shown: list[int] = []
+    while not shown or shown[-1] != 99 + boards:
+        shown.append(score_of((await slow.frame())[1]))
+
+    assert shown == sorted(set(shown))
+    assert len(shown) < boards / 2
+    assert await gateway.metric("stalled_clients") == 0
+    slow.writer.close()
+
+
+async def test_a_client_that_never_reads_is_closed_as_stalled(
+    gateway: Gateway, scores: Scores
+) -> None:
+    """It is told 1013 in case it comes back, and cut off in case it does not."""
+    deaf, late = [await RawClient.connect(gateway.port, receive_bytes=4096) for _ in range(2)]
+    stalled = await gateway.metric("closes_total", code="1013")
+
+    async def is_stalled() -> bool:
+        await scores.announce(300, user="u" * 255)
+        return await gateway.metric("stalled_clients") == 2
+
+    async def is_closed() -> bool:
+        return await gateway.metric("closes_total", code="1013") == stalled + 2
+
+    await eventually(is_stalled)
+    await eventually(is_closed, within_s=clients.STALL_MAX_S + 2)
+
+    assert await late.close_code() == 1013
+    late.writer.close()
+    connections = await gateway.metric("connections")
+
+    async def is_gone() -> bool:
+        return await gateway.metric("connections") < connections
+
+    await eventually(is_gone)
+    deaf.writer.close()
+
+
+@pytest.mark.parametrize(
+    ("first_byte", "payload", "masked", "code"),
+    [
+        pytest.param(TEXT, b"hello", True, 1008, id="text"),
+        pytest.param(BINARY, b"", True, 1008, id="empty binary"),
+        pytest.param(0x01, b"first of", True, 1008, id="fragment"),
+        pytest.param(CONTINUATION, b"rest", True, 1002, id="continuation of nothing"),
+        pytest.param(TEXT, b"x" * 2000, True, 1009, id="oversized"),
+        pytest.param(TEXT, b"hello", False, 1002, id="unmasked"),
+        pytest.param(0xC1, b"hello", True, 1002, id="reserved bit"),
+        pytest.param(0x83, b"hello", True, 1002, id="reserved opcode"),
+        pytest.param(0x09, b"", True, 1002, id="fragmented ping"),
+        pytest.param(PING, b"x" * 126, True, 1002, id="long ping"),
+        pytest.param(CLOSE, b"x", True, 1002, id="close with half a code"),
+        pytest.param(CLOSE, b"\x03\xee", True, 1002, id="close with a reserved code"),
+        pytest.param(CLOSE, b"\x03\xe8\xff\xff", True, 1007, id="close with a reason not UTF-8"),
+        pytest.param(CLOSE, b"", True, 1000, id="close without a code"),
+        pytest.param(CLOSE, b"\x03\xe9bye", True, 1001, id="close"),
+        pytest.param(CLOSE, b"\x11\x94", True, 4500, id="close of an application"),
+    ],
+)
+async def test_every_frame_but_a_control_frame_closes_the_connection(
+    gateway: Gateway, first_byte: int, payload: bytes, masked: bool, code: int
+) -> None:
+    """Clients only receive; what breaks the protocol is told so, and a close is echoed."""
+    client = await RawClient.connect(gateway.port)
+
+    client.send(first_byte, payload, masked=masked)
+
+    assert await client.close_code() == code
+    if first_byte != CLOSE:
+        client.send(CLOSE, code.to_bytes(2, "big"))
+    await client.ended()
+
+
+async def test_receive_only_is_said(gateway: Gateway) -> None:
+    """The reason tells a developer what is wrong."""
+    async with gateway.connect() as client:
+        await client.send("hello")
+
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                await client.recv()
+        assert closed.value.rcvd is not None
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "receive-only")
+
+
+async def test_a_ping_is_answered_and_a_flood_of_them_is_not(gateway: Gateway) -> None:
+    """A client may ask whether we are there, not keep us busy."""
+    client = await RawClient.connect(gateway.port)
+    await client.frame()
+
+    client.send(PING, b"there?")
+    assert await client.frame() == (PONG & 0x0F, b"there?")
+    for _ in range(1000):
+        client.send(PING)
+
+    assert await client.close_code() == 1008
+    client.writer.close()
+
+
+async def test_a_flood_from_a_client_that_does_not_read_is_not_kept(gateway: Gateway) -> None:
+    """Unanswerable pings, and what follows a close, take no memory."""
+    client = await RawClient.connect(gateway.port, receive_bytes=4096)
+    for _ in range(2000):
+        client.send(PING, b"x" * 125)
+        client.send(TEXT, b"x" * 1000)
+    async with gateway.connect() as other:
+        await next_score(other)
+    client.writer.close()
+
+
+async def test_the_connection_ends_within_a_second_of_the_token(gateway: Gateway) -> None:
+    """A token is believed until it expires, not until the client goes."""
+    bearer = token(ttl_s=2)
+    expires_at = int(time.time()) + 2
+    async with gateway.connect(bearer) as client:
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                await client.recv()
+
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 4401
+    assert -0.1 < time.time() - expires_at < 1
+
+
+async def test_a_client_that_answers_no_ping_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection whose other end vanished without a word does not stay; others do."""
+    monkeypatch.setattr(clients, "PING_EVERY_S", 0.5)
+    settings = TokenSettings.from_environ({"JWT_SECRET": SECRET})
+    everyone = clients.Clients(limit=10, limit_per_user=10)
+    everyone.publish(b"{}")
+    server = await ws_create_server(
+        Handshake(everyone, TokenVerifier(settings).verify),
+        "127.0.0.1",
+        0,
+        enable_auto_pong=False,
+    )
+    port = server.sockets[0].getsockname()[1]
+    clock = asyncio.create_task(everyone.keep_time())
+
+    vanished = await RawClient.connect(port)
+    async with connect(f"ws://127.0.0.1:{port}/scores/live?token={token()}") as healthy:
+        assert await vanished.close_code() == 1013
+        assert await healthy.recv() == "{}"
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.5):
+                await healthy.recv()
+
+    vanished.writer.close()
+    clock.cancel()
+    server.close()
+
+
+async def test_limits_of_connections(valkey: Valkey, scores: Scores, tmp_path: Path) -> None:
+    """A user's last connection too many is closed 4429; a full gateway answers 503 to all."""
+    limits = {"CONNECTIONS_MAX": "4", "CONNECTIONS_PER_USER_MAX": "2"}
+    async with running_gateway(valkey.url, tmp_path / "log", **limits) as gateway:
+        await gateway.ready()
+        async with gateway.connect(token("ana")) as one, gateway.connect(token("ana")) as two:
+            async with gateway.connect(token("ana")) as three:
+                with pytest.raises(ConnectionClosed) as closed:
+                    await three.recv()
+                assert closed.value.rcvd is not None
+                assert closed.value.rcvd.code == 4429
+            await next_score(one)
+            await next_score(two)
+            async with gateway.connect(token("ben")), gateway.connect(token("cleo")):
+                for query in ("", f"?token={token('dora')}"):
+                    answer = await get(gateway.port, f"/scores/live{query}", {})
+                    assert answer.status == 503
+                    assert answer.body == b'{"status":"error","message":"Service overloaded"}'
+                    assert int(answer.headers["retry-after"]) >= 1
+            async with gateway.connect(token("dora")) as next_one:
+                await next_score(next_one)

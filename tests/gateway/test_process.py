@@ -1,0 +1,172 @@
+"""The gateway as a process: how it starts, what it says, how it ends."""
+
+import asyncio
+import signal
+import socket
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from tests.gateway.harness import (
+    SECRET,
+    UPGRADE,
+    Gateway,
+    Scores,
+    Valkey,
+    eventually,
+    next_score,
+    running_gateway,
+    token,
+)
+
+CLIENTS = 120
+"""Enough that a drain at the least pace takes a second."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        pytest.param({}, "REDIS_URL", id="nothing"),
+        pytest.param({"REDIS_URL": "redis://x"}, "JWT_SECRET", id="no secret"),
+        pytest.param({"REDIS_URL": "x", "JWT_SECRET": SECRET}, "REDIS_URL", id="wrong url"),
+        pytest.param(
+            {"REDIS_URL": "redis://x", "JWT_SECRET": SECRET, "DRAIN_SECONDS": "soon"},
+            "DRAIN_SECONDS",
+            id="wrong number",
+        ),
+    ],
+)
+async def test_a_wrong_setting_is_named_in_one_sentence(
+    settings: dict[str, str], named: str
+) -> None:
+    """An operator sees what to change, not a traceback."""
+    status, said = await start_in_vain(settings)
+
+    assert status == 1
+    assert said.startswith(f"{named} ")
+    assert said.count("\n") == 1
+
+
+async def test_a_taken_port_is_named_in_one_sentence() -> None:
+    """The same for what only the machine can know."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, said = await start_in_vain(
+            {"REDIS_URL": "redis://x", "JWT_SECRET": SECRET, "PORT": port}
+        )
+
+    assert status == 1
+    assert said == f"PORT: cannot listen on 127.0.0.1:{port}: Address already in use.\n"
+
+
+async def start_in_vain(settings: dict[str, str]) -> tuple[int, str]:
+    """Exit status and all output of a gateway that cannot start."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.gateway"),
+        env=settings,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
+
+
+async def test_a_drain_closes_everyone_with_1012_at_a_pace(
+    valkey: Valkey, scores: Scores, tmp_path: Path
+) -> None:
+    """Not ready at once, nobody new, everyone told to come back, exit 0."""
+    async with (
+        running_gateway(valkey.url, tmp_path / "log", DRAIN_SECONDS="1") as gateway,
+        AsyncExitStack() as stack,
+    ):
+        await gateway.ready()
+        clients = await connected(gateway, stack)
+        loop = asyncio.get_running_loop()
+
+        gateway.signal()
+        began = loop.time()
+        ends = [asyncio.create_task(close_of(client)) for client in clients]
+
+        async def is_unready() -> bool:
+            return (await gateway.operations("/readyz")).status == 503
+
+        await eventually(is_unready, within_s=0.5)
+        with pytest.raises(ConnectionRefusedError):
+            await gateway.get("/scores/live")
+        closed = sorted([await end for end in ends])
+
+        assert {code for _, code in closed} == {1012}
+        assert 0.25 < closed[CLIENTS // 2][0] - began < 0.75
+        assert await gateway.exit_status() == 0
+
+
+async def test_a_second_signal_ends_at_once(valkey: Valkey, scores: Scores, tmp_path: Path) -> None:
+    """Whoever asks twice does not want to wait."""
+    async with (
+        running_gateway(valkey.url, tmp_path / "log", DRAIN_SECONDS="60") as gateway,
+        AsyncExitStack() as stack,
+    ):
+        await gateway.ready()
+        await connected(gateway, stack)
+
+        gateway.signal()
+        gateway.signal(signal.SIGINT)
+
+        assert await gateway.exit_status(within_s=0.5) == 0
+
+
+async def connected(gateway: Gateway, stack: AsyncExitStack) -> list[ClientConnection]:
+    """Clients of different users that have seen the board."""
+    clients = [
+        await stack.enter_async_context(gateway.connect(token(f"user-{number}")))
+        for number in range(CLIENTS)
+    ]
+    for client in clients:
+        await client.recv()
+    return clients
+
+
+async def close_of(client: ClientConnection) -> tuple[float, int]:
+    """When the client was closed, and with which code."""
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            await client.recv()
+    assert closed.value.rcvd is not None
+    return asyncio.get_running_loop().time(), closed.value.rcvd.code
+
+
+async def test_an_idle_gateway_ends_at_once(valkey: Valkey, scores: Scores, tmp_path: Path) -> None:
+    """The drain takes only as long as there is someone to pace."""
+    async with running_gateway(valkey.url, tmp_path / "log", DRAIN_SECONDS="60") as gateway:
+        await gateway.ready()
+        gateway.signal()
+
+        assert await gateway.exit_status(within_s=1) == 0
+
+
+async def test_no_token_is_ever_written(valkey: Valkey, scores: Scores, tmp_path: Path) -> None:
+    """Neither to the log, however talkative, nor to a metric."""
+    async with running_gateway(valkey.url, tmp_path / "log") as gateway:
+        await gateway.ready()
+        secret = token()
+        url = f"ws://127.0.0.1:{gateway.port}/scores/live"
+        async with connect(f"{url}?token={secret}") as client:
+            await next_score(client)
+        async with connect(url, additional_headers={"Authorization": f"Bearer {secret}"}):
+            pass
+        await gateway.get(f"/scores/live?token={secret}&token={secret}", UPGRADE)
+        await gateway.get(f"/scores/live?token={secret}", UPGRADE | {"Sec-WebSocket-Key": "x"})
+        await gateway.get(f"/elsewhere?token={secret}")
+        metrics = await gateway.operations("/metrics")
+        gateway.signal()
+        await gateway.exit_status()
+
+        assert "gateway.started" in gateway.log
+        for part in secret.split("."):
+            assert part not in gateway.log
+            assert part.encode() not in metrics.body

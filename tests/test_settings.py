@@ -1,0 +1,85 @@
+"""Settings: typed, from the environment or files, refused with the variable's name."""
+
+from pathlib import Path
+
+import pytest
+
+from services.api.settings import ApiSettings
+from shared.settings import SettingsError
+
+GOOD = {
+    "JWT_SECRET": "a secret of more than thirty-two bytes",
+    "SHARD_URLS": "postgresql://u:p@a/x, postgresql://u:p@b/x",
+    "REDIS_URL": "redis://:p@127.0.0.1:6379/0",
+}
+
+
+def test_lists_and_quotas_are_read() -> None:
+    """From the notation that the README gives."""
+    settings = ApiSettings.from_environ({**GOOD, "UPDATE_RATE_LIMIT": "7/minute"})
+
+    assert settings.shard_urls == ("postgresql://u:p@a/x", "postgresql://u:p@b/x")
+    assert (settings.update_rate_limit.amount, settings.update_rate_limit.get_expiry()) == (7, 60)
+    assert (settings.top_rate_limit.amount, settings.top_rate_limit.get_expiry()) == (100, 3600)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "http"),
+        ("PORT", "0"),
+        ("UPDATE_RATE_LIMIT", "a lot"),
+        ("TOP_RATE_LIMIT", ""),
+        ("SCORE_INCREMENT_MAX", "0"),
+        ("LOG_LEVEL", "loud"),
+        ("REDIS_URL", "127.0.0.1"),
+        ("SHARD_URLS", ""),
+        ("SHARD_URLS", "mysql://a"),
+        ("TRUSTED_PROXIES", "nginx"),
+        ("JWT_SECRET", "short"),
+        ("JWT_ALGORITHM", "none"),
+        ("JWT_JWKS_URL", "file:///etc/passwd"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(name: str, value: str) -> None:
+    """And says what the variable may be."""
+    with pytest.raises(SettingsError, match=f"^{name} must be .+") as refusal:
+        ApiSettings.from_environ({**GOOD, name: value})
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_missing_variable_is_refused_by_name(name: str) -> None:
+    """There is no default secret and no default server."""
+    with pytest.raises(SettingsError, match=f"^{name} is not set"):
+        ApiSettings.from_environ({key: value for key, value in GOOD.items() if key != name})
+
+
+def test_no_error_shows_a_secret() -> None:
+    """Errors end up in logs."""
+    for name, value in {
+        "JWT_SECRET": "hunter2",
+        "REDIS_URL": "x:hunter2@",
+        "SHARD_URLS": "hunter2",
+    }.items():
+        with pytest.raises(SettingsError) as refusal:
+            ApiSettings.from_environ({**GOOD, name: value})
+        assert "hunter2" not in str(refusal.value)
+
+
+def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
+    """Without the newline that editors leave."""
+    file = tmp_path / "secret"
+    file.write_text(GOOD["JWT_SECRET"] + "\n")
+    environ = {**GOOD, "JWT_SECRET_FILE": str(file)}
+    with pytest.raises(SettingsError, match="JWT_SECRET and JWT_SECRET_FILE are both set"):
+        ApiSettings.from_environ(environ)
+    del environ["JWT_SECRET"]
+
+    assert ApiSettings.from_environ(environ).jwt_secret == GOOD["JWT_SECRET"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """With the system's own words."""
+    with pytest.raises(SettingsError, match=r"^REDIS_URL_FILE: cannot read .*: No such file"):
+        ApiSettings.from_environ({"REDIS_URL_FILE": str(tmp_path / "absent")})
