@@ -57,8 +57,11 @@ BACKLOG = 1024
 """Connections that may wait to be accepted while a broadcast is under way."""
 
 FILES_RESERVED = 1000
-"""Beside the clients: handshakes in flight, Redis, operations. Running out is fatal, since the
-accept loop does not survive it (aiofastnet 1.2)."""
+"""Beside the clients: handshakes in flight, Redis, operations. They must never run out: out of
+files, aiofastnet 1.2 fails in its own error handling and spins."""
+
+OPERATIONS_SHUTDOWN_S = 2
+"""How long the end waits for a scrape under way."""
 
 log = structlog.get_logger()
 
@@ -101,7 +104,7 @@ def _connections_max(wanted: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:
         log.warning("connections.limited", wanted=wanted, open_files_max=hard)
-    return max(1, allowed - FILES_RESERVED)
+    return min(wanted, max(allowed - FILES_RESERVED, allowed // 2))
 
 
 class OperationsServer(uvicorn.Server):
@@ -154,7 +157,12 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         running = [tasks.create_task(job) for job in jobs]
         inside = OperationsServer(
             uvicorn.Config(
-                Starlette(routes=operations_routes(readiness)), log_config=None, access_log=False
+                Starlette(routes=operations_routes(readiness)),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=OPERATIONS_SHUTDOWN_S,
             )
         )
         tasks.create_task(inside.serve([operations]))

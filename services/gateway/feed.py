@@ -9,6 +9,7 @@ before reading: in the other order a board published in between would reach nobo
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -50,6 +51,7 @@ class Feed:
         self._publish = publish
         self._now = asyncio.get_running_loop().time
         self._confirmed_at = self._now()
+        self._in_doubt = asyncio.Event()
         self.board: Board | None = None
         self.subscribed = False
 
@@ -77,18 +79,18 @@ class Feed:
                 message = await channel.get_message(timeout=HEARTBEAT_S)
                 if message is not None:
                     heard = self._now()
-                    await self._receive(message)
+                    self._receive(message)
                 if self._now() - pinged >= HEARTBEAT_S:
                     # redis-py's own health check sends the ping and never misses the answer.
                     await channel.ping()
                     pinged = self._now()
         raise TimeoutError("the subscription went silent")
 
-    async def _receive(self, message: dict[str, Any]) -> None:
+    def _receive(self, message: dict[str, Any]) -> None:
         if message["type"] == "subscribe":
             self.subscribed = True
+            self._in_doubt.set()
             log.info("feed.subscribed")
-            await self._read()
         elif message["type"] == "message":
             try:
                 board = decode_board(message["data"])
@@ -99,9 +101,10 @@ class Feed:
                 metrics.BOARDS_DROPPED.inc()
 
     async def compare(self) -> None:
-        """Read the board regularly, for ever."""
+        """Read the board regularly, and at once after each subscription; for ever."""
         failing = False
         while True:
+            self._in_doubt.clear()
             try:
                 await self._read()
                 failing = False
@@ -109,7 +112,9 @@ class Feed:
                 if not failing:
                     log.warning("feed.redis_unavailable", error=str(error))
                 failing = True
-            await asyncio.sleep(COMPARE_EVERY_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(COMPARE_EVERY_S):
+                    await self._in_doubt.wait()
 
     async def _read(self) -> None:
         try:

@@ -8,13 +8,12 @@ import asyncio
 import re
 import time
 from base64 import b64decode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from urllib.parse import parse_qsl
 from uuid import uuid4
 
 import structlog
-from multidict import CIMultiDict
 from picows import WSUpgradeRequest, WSUpgradeResponse, WSUpgradeResponseWithListener
 
 from services.gateway import metrics
@@ -57,13 +56,15 @@ class Refused(Exception):
     Attributes:
         status: Its status.
         body: Its JSON body.
-        headers: Its headers, but for those of every answer.
+        headers: Those beside the ones every answer has.
     """
 
-    def __init__(self, status: HTTPStatus, body: bytes, **headers: str) -> None:
+    def __init__(
+        self, status: HTTPStatus, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.status = status
         self.body = body
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.headers = headers or {}
 
 
 def decide(
@@ -82,18 +83,18 @@ def decide(
     if path != PATH:
         raise Refused(HTTPStatus.NOT_FOUND, NOT_FOUND)
     if not accepting:
-        raise Refused(
-            HTTPStatus.SERVICE_UNAVAILABLE, OVERLOADED, Retry_After=str(RETRY_AFTER_OVERLOADED_S)
-        )
+        wait = {"Retry-After": str(RETRY_AFTER_OVERLOADED_S)}
+        raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, OVERLOADED, wait)
     try:
-        claims = verify(presented_token(query, request.headers))
+        claims = verify(presented_token(query, request))
     except Unauthorized:
-        raise Refused(HTTPStatus.UNAUTHORIZED, UNAUTHORIZED, WWW_Authenticate=CHALLENGE) from None
-    _require_upgrade(request.headers)
+        challenge = {"WWW-Authenticate": CHALLENGE}
+        raise Refused(HTTPStatus.UNAUTHORIZED, UNAUTHORIZED, challenge) from None
+    _require_upgrade(request)
     return claims
 
 
-def presented_token(query: bytes, headers: CIMultiDict[str]) -> str:
+def presented_token(query: bytes, request: WSUpgradeRequest) -> str:
     """
     The one token of a request, from wherever it may stand.
 
@@ -105,13 +106,13 @@ def presented_token(query: bytes, headers: CIMultiDict[str]) -> str:
     except ValueError:
         raise Unauthorized from None
     tokens = [value for name, value in parameters if name == "token"]
-    for value in headers.getall("Authorization", ()):
+    for value in request.headers.getall("Authorization", ()):
         scheme, _, credentials = value.partition(" ")
         if scheme.lower() == "bearer":
             tokens.append(credentials.strip())
     tokens += [
         offered.removeprefix(TOKEN_SUBPROTOCOL)
-        for offered in _elements(headers.getall("Sec-WebSocket-Protocol", ()))
+        for offered in _elements(request, "Sec-WebSocket-Protocol")
         if offered.startswith(TOKEN_SUBPROTOCOL)
     ]
     if len(tokens) != 1:
@@ -119,34 +120,33 @@ def presented_token(query: bytes, headers: CIMultiDict[str]) -> str:
     return tokens[0]
 
 
-def _require_upgrade(headers: CIMultiDict[str]) -> None:
-    connection = {option.lower() for option in _elements(headers.getall("Connection", ()))}
-    upgrade = {option.lower() for option in _elements(headers.getall("Upgrade", ()))}
+def _require_upgrade(request: WSUpgradeRequest) -> None:
+    connection = {option.lower() for option in _elements(request, "Connection")}
+    upgrade = {protocol.lower() for protocol in _elements(request, "Upgrade")}
+    wanted = {"Upgrade": "websocket"}
     if "upgrade" not in connection or "websocket" not in upgrade:
-        raise Refused(HTTPStatus.UPGRADE_REQUIRED, UPGRADE_REQUIRED, Upgrade="websocket")
-    if headers.getall("Sec-WebSocket-Version", ()) != [VERSION]:
-        raise Refused(
-            HTTPStatus.UPGRADE_REQUIRED,
-            UPGRADE_REQUIRED,
-            Upgrade="websocket",
-            Sec_WebSocket_Version=VERSION,
-        )
+        raise Refused(HTTPStatus.UPGRADE_REQUIRED, UPGRADE_REQUIRED, wanted)
+    if request.headers.getall("Sec-WebSocket-Version", ()) != [VERSION]:
+        wanted["Sec-WebSocket-Version"] = VERSION
+        raise Refused(HTTPStatus.UPGRADE_REQUIRED, UPGRADE_REQUIRED, wanted)
     try:
-        valid = len(b64decode(headers.get("Sec-WebSocket-Key", ""), validate=True)) == KEY_BYTES
+        key = b64decode(request.headers.get("Sec-WebSocket-Key", ""), validate=True)
     except ValueError:
-        valid = False
-    if not valid:
+        key = b""
+    if len(key) != KEY_BYTES:
         raise Refused(HTTPStatus.BAD_REQUEST, BAD_REQUEST)
 
 
-def _elements(values: Iterable[str]) -> list[str]:
+def _elements(request: WSUpgradeRequest, header: str) -> Iterator[str]:
     """The elements of a header that is a list, however many lines it came in."""
-    return [element.strip() for value in values for element in value.split(",")]
+    for value in request.headers.getall(header, ()):
+        for element in value.split(","):
+            yield element.strip()
 
 
-def request_id(headers: CIMultiDict[str]) -> str:
+def request_id(request: WSUpgradeRequest) -> str:
     """Nginx's own for this request; a new one where there is no Nginx in front."""
-    given = headers.get("X-Request-ID", "")
+    given = request.headers.get("X-Request-ID", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
 
 
@@ -159,7 +159,7 @@ class Handshake:
 
     def __call__(self, request: WSUpgradeRequest) -> WSUpgradeResponseWithListener:
         """The answer, never an exception: picows would send its text to the client."""
-        identity = {"X-Request-ID": request_id(request.headers)}
+        identity = {"X-Request-ID": request_id(request)}
         try:
             return self._accept(request, identity)
         except Refused as refusal:
@@ -173,7 +173,7 @@ class Handshake:
     ) -> WSUpgradeResponseWithListener:
         claims = decide(request, accepting=self._clients.accepting, verify=self._verify)
         headers = identity.copy()
-        if SUBPROTOCOL in _elements(request.headers.getall("Sec-WebSocket-Protocol", ())):
+        if SUBPROTOCOL in _elements(request, "Sec-WebSocket-Protocol"):
             headers["Sec-WebSocket-Protocol"] = SUBPROTOCOL
         # picows compares the whole header with "upgrade": Firefox says "keep-alive, Upgrade".
         request.headers["Connection"] = "upgrade"

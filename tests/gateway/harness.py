@@ -23,6 +23,8 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from shared.leaderboard import BOARD_KEY, CHANNEL
 from shared.token import mint
+from tests.cluster import free_port
+from tests.openapi import check_close, check_live_message
 
 SECRET = "a-secret-that-only-these-tests-use"
 
@@ -39,14 +41,6 @@ UPGRADE = {
     "Sec-WebSocket-Version": "13",
     "Sec-WebSocket-Key": KEY,
 }
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def token(user: str = "ana", ttl_s: float = 3600) -> str:
@@ -262,12 +256,10 @@ async def get(port: int, path: str, headers: Mapping[str, str]) -> Answer:
 
 
 def score_of(message: str | bytes) -> int:
-    """The score on a board of one row, and that the message is nothing but the contract's."""
-    decoded = json.loads(message)
-    assert decoded.keys() == {"event", "topScores"}
-    assert decoded["event"] == "scoresUpdate"
-    (row,) = decoded["topScores"]
-    assert row.keys() == {"userId", "score", "rank"}
+    """The score on a board of one row, and that the message is as described."""
+    text = message if isinstance(message, str) else message.decode()
+    check_live_message(text)
+    (row,) = json.loads(text)["topScores"]
     score: int = row["score"]
     return score
 
@@ -276,6 +268,17 @@ async def next_score(client: ClientConnection, within_s: float = REQUEST_TIMEOUT
     """The score of the next board."""
     async with asyncio.timeout(within_s):
         return score_of(await client.recv())
+
+
+async def closed(client: ClientConnection) -> tuple[int, str]:
+    """Wait for the gateway to close the connection; code and reason, as described, or 1006."""
+    async with asyncio.timeout(REQUEST_TIMEOUT_S):
+        await client.wait_closed()
+    assert client.close_code is not None
+    reason = client.close_reason or ""
+    if client.close_code != 1006:
+        check_close(client.close_code, reason)
+    return client.close_code, reason
 
 
 class RawClient:

@@ -7,6 +7,7 @@ import pytest
 
 from shared.token import mint
 from tests.gateway.harness import SECRET, UPGRADE, Gateway, RawClient, token
+from tests.openapi import check_refusal
 
 LIVE = "/scores/live"
 UNAUTHORIZED = b'{"status":"error","message":"Unauthorized"}'
@@ -73,8 +74,8 @@ async def test_any_other_token_is_refused_with_401(
     answer = await gateway.get(LIVE + query.replace("{}", good), UPGRADE | given)
 
     assert (answer.status, answer.body) == (401, UNAUTHORIZED)
-    assert answer.headers["www-authenticate"] == "Bearer"
     assert answer.headers["content-type"] == "application/json"
+    check_refusal(answer.status, answer.headers, answer.body)
 
 
 async def test_an_expired_token_is_refused_with_401(gateway: Gateway) -> None:
