@@ -8,26 +8,31 @@ import asyncio
 import os
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from services.scoreboard.home import ClusterError, Home, State, last_line
+from services.scoreboard.home import (
+    REPLICAS_MAX,
+    SHARDS_MAX,
+    ClusterError,
+    Home,
+    State,
+    last_line,
+)
 
 DEFAULT_HOME = ".scoreboard"
 DEFAULT_PORT = 8080
 
 POLL_S = 0.1
 """Between two looks at what the supervisor wrote."""
-
-SUPERVISOR_SECONDS_MAX = 10.0
-"""For a new supervisor to write its first state: Python's own start, on a busy machine."""
 
 STOP_SECONDS_MAX = 90.0
 """For `down`: the sum of what each process may take, with room."""
@@ -98,22 +103,33 @@ def main() -> None:
     help="Where Nginx listens, on 127.0.0.1.",
 )
 @click.option(
-    "--api", default=2, show_default=True, type=click.IntRange(1, 16), help="API replicas."
+    "--api",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1, REPLICAS_MAX),
+    help="API replicas.",
 )
 @click.option(
     "--gateway",
     default=2,
     show_default=True,
-    type=click.IntRange(1, 16),
+    type=click.IntRange(1, REPLICAS_MAX),
     help="WebSocket gateways.",
 )
 @click.option(
     "--shards",
-    type=click.IntRange(1, 16),
+    type=click.IntRange(1, SHARDS_MAX),
     help="PostgreSQL shards.  [default: what the home has, else 2]",
 )
+@click.option("--greet/--no-greet", default=True, hidden=True)
 def up(
-    home_path: Path, detach: bool, port: int, api: int, gateway: int, shards: int | None
+    home_path: Path,
+    detach: bool,
+    port: int,
+    api: int,
+    gateway: int,
+    shards: int | None,
+    greet: bool,
 ) -> None:
     """Start the cluster and wait until it is ready.
 
@@ -128,37 +144,35 @@ def up(
     SCOREBOARD_POSTGRES_BIN (a folder), SCOREBOARD_VALKEY and SCOREBOARD_NGINX (programs) name others.
     Settings of the services, such as UPDATE_RATE_LIMIT=1000/hour, are taken from the environment.
     """
-    from services.scoreboard.cluster import Cluster, check_size
+    from services.scoreboard.cluster import Cluster, shard_count
     from services.scoreboard.progress import Progress
 
     home = Home(home_path)
-    with _sentences():
+    with _sentences(), Progress() as progress:
         if home.running() is not None:
             raise ClusterError(home.already())
         home.create()
-        size = check_size(home, api=api, gateway=gateway, shards=shards)
-        with Progress() as progress:
-            if detach:
-                counts = {"api": size.api, "gateway": size.gateway, "shards": size.shards}
-                _greet(_start_detached(home, port, counts, progress.show), home_path)
-                return
-            greeted = False
+        counts = {"api": api, "gateway": gateway, "shards": shard_count(home, shards)}
+        if detach:
+            _greet(_start_detached(home, port, counts, progress.show), home_path)
+            return
+        greeted = not greet
 
-            def shown(state: State) -> None:
-                nonlocal greeted
-                progress.show(state)
-                if state.phase == "ready" and not greeted:
-                    greeted = True
-                    _greet(state, home_path)
+        def shown(state: State) -> None:
+            nonlocal greeted
+            progress.show(state)
+            if state.phase == "ready" and not greeted:
+                greeted = True
+                _greet(state, home_path)
 
-            home.lock()
-            home.rotate_logs(keep="supervisor")
-            asyncio.run(Cluster(home, port=port, size=size, shown=shown).run())
+        home.lock()
+        home.rotate_logs(keep="supervisor")
+        asyncio.run(Cluster(home, port=port, shown=shown, **counts).run())
     click.echo(f"Stopped. The data stays in {home_path}")
 
 
 def _start_detached(
-    home: Home, port: int, counts: dict[str, int], show: Callable[[State], None]
+    home: Home, port: int, counts: Mapping[str, int], show: Callable[[State], None]
 ) -> State:
     """Start the supervisor in a session of its own and show its state until it is ready."""
     log_path = home.log / "supervisor.log"
@@ -167,20 +181,23 @@ def _start_detached(
     options = [f"--{name}={count}" for name, count in counts.items()]
     with log_path.open("ab") as log:
         supervisor = subprocess.Popen(
-            [sys.executable, "-P", "-m", "services.scoreboard", "up",
+            # Its greeting would leave a token in the log.
+            [sys.executable, "-P", "-m", "services.scoreboard", "up", "--no-greet",
              f"--home={home.path}", f"--port={port}", *options],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         while True:
+            died = supervisor.poll() is not None
             state = home.state()
-            ours = state is not None and state.pid == supervisor.pid
-            if state is not None and ours:
+            if state is not None and state.pid != supervisor.pid:
+                state = None
+            if state is not None:
                 show(state)
                 if state.phase == "ready":
                     return state
-            if supervisor.poll() is not None:
-                said = state.error if state is not None and ours else None
+            if died:
+                said = state.error if state is not None else None
                 raise ClusterError(said or last_line(log_path).removeprefix("Error: "))
             time.sleep(POLL_S)
     except KeyboardInterrupt:
@@ -197,8 +214,8 @@ def _greet(state: State, home_path: Path) -> None:
     if command.is_relative_to(Path.cwd()):
         command = command.relative_to(Path.cwd())
     token = mint(Home(home_path).secret("jwt_secret"), "alice", GREETING_TOKEN_SECONDS)
-    option = "" if str(home_path) == DEFAULT_HOME else f" --home {home_path}"
-    click.echo(greeting(state, token, str(command), option))
+    option = "" if str(home_path) == DEFAULT_HOME else f" --home {shlex.quote(str(home_path))}"
+    click.echo(greeting(state, token, shlex.quote(str(command)), option))
 
 
 def _running(home: Home) -> State:
@@ -328,16 +345,15 @@ def logs(home_path: Path, follow: bool, name: str | None) -> None:
       scoreboard logs nginx
       scoreboard logs -f api
     """
-    from services.scoreboard.progress import find_logs, follow_logs, read_logs
+    from services.scoreboard.progress import find_logs, log_lines
 
-    home = Home(home_path)
-    wanted = [name] if name else []
-    found = find_logs(home.log, wanted)
+    folder = Home(home_path).log
+    found = find_logs(folder, name)
     if not found:
-        there = ", ".join(find_logs(home.log, ())) or "none"
-        raise click.ClickException(f"No log {name or ''} in {home.log}; there: {there}.")
-    width = max(map(len, found))
-    for process, line in follow_logs(home.log, wanted) if follow else read_logs(found):
+        there = ", ".join(path.stem for path in find_logs(folder, None)) or "none"
+        raise click.ClickException(f"No log {name or ''} in {folder}; there: {there}.")
+    width = max(len(path.stem) for path in found)
+    for process, line in log_lines(folder, name, follow=follow):
         click.echo(f"{process:<{width}} | {line}")
 
 

@@ -6,18 +6,21 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from services.scoreboard.home import ClusterError, Home, ProcessState, State, last_line
+from services.scoreboard.home import (
+    REPLICAS_MAX,
+    ClusterError,
+    Home,
+    ProcessState,
+    State,
+    last_line,
+)
 from services.scoreboard.servers import Binaries, Nginx, Postgres, http_status, valkey, valkey_url
 from services.scoreboard.supervisor import Identity, Port, Program, Supervised, run_once
 
-REPLICAS_MAX = 16
-"""Of one service: PostgreSQL has connections for as many, one machine hardly the cores."""
-
-SHARDS_MAX = 16
-"""A machine that needs more has long needed a second machine."""
+SHARDS_DEFAULT = 2
+"""The fewest that show what sharding does."""
 
 DRAIN_SECONDS = 2
 """What a gateway takes to send its clients away; there are few on one machine."""
@@ -35,23 +38,22 @@ SERVICE_VARIABLES = (
 """Set for each service here; the user's own, and their ``*_FILE`` twins, are for another cluster."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How many of what."""
-
-    api: int
-    gateway: int
-    shards: int
-
-
 class Cluster:
     """The processes of one home, and the state that tells others of them."""
 
     def __init__(
-        self, home: Home, *, port: int, size: Size, shown: Callable[[State], None]
+        self,
+        home: Home,
+        *,
+        port: int,
+        api: int,
+        gateway: int,
+        shards: int,
+        shown: Callable[[State], None],
     ) -> None:
         self._home = home
-        self._size = size
+        self._counts = {"api": api, "gateway": gateway}
+        self._shard_count = shards
         self._shown = shown
         self._state = State(
             pid=os.getpid(),
@@ -115,7 +117,7 @@ class Cluster:
         binaries = Binaries.find(os.environ)
         edge = self._edge_port()
         postgres = Postgres(binaries.postgres, self._home)
-        shard_ports = [self._port() for _ in range(self._size.shards)]
+        shard_ports = [self._port() for _ in range(self._shard_count)]
         valkey_port = self._port()
         self._home.write_secret("shard_urls", ",".join(map(postgres.url, shard_ports)))
         self._home.write_secret("redis_url", valkey_url(self._home, valkey_port))
@@ -131,7 +133,7 @@ class Cluster:
             )
         )
         migration = self._process_state("migrate")
-        for service, count in (("api", self._size.api), ("gateway", self._size.gateway)):
+        for service, count in self._counts.items():
             self._replicas[service] = [self._replica(service, index) for index in range(count)]
         nginx_log = self._home.log / "nginx.log"
         self._edge = Nginx(binaries.nginx, self._home, edge, nginx_log)
@@ -151,9 +153,9 @@ class Cluster:
         for server in self._shards[self._home.shards() :]:
             server.state.state = "creating"
         self._changed()
-        await _all(*(postgres.create(shard) for shard in range(self._size.shards)))
+        await _all(*(postgres.create(shard) for shard in range(self._shard_count)))
         # All or none: how many there are says later on how many shards the data lives on.
-        for shard in range(self._size.shards):
+        for shard in range(self._shard_count):
             postgres.adopt(shard)
 
     async def _migrate(self, state: ProcessState) -> None:
@@ -305,20 +307,20 @@ async def _all(*work: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def check_size(home: Home, *, api: int, gateway: int, shards: int | None) -> Size:
+def shard_count(home: Home, wanted: int | None) -> int:
     """
-    The size to start with; without ``shards``, what the home has, else two.
+    How many shards to start: those wanted, else those the home has, else two.
 
     Raises:
-        ClusterError: If the home's data cannot be served so.
+        ClusterError: If the home's data lives on more.
     """
     there = home.shards()
-    if shards is not None and shards < there:
+    if wanted is not None and wanted < there:
         raise ClusterError(
-            f"The data in {home.path} lives on {there} shard{'s' * (there > 1)}, so it cannot be "
-            f"served by {shards}: leave --shards out, or choose another --home."
+            f"The data in {home.path} lives on {there} shards, so it cannot be served by "
+            f"{wanted}: leave --shards out, or choose another --home."
         )
-    return Size(api=api, gateway=gateway, shards=shards or there or 2)
+    return wanted or there or SHARDS_DEFAULT
 
 
 def parse_counts(words: tuple[str, ...]) -> dict[str, int]:

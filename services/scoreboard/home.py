@@ -17,6 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
+REPLICAS_MAX = 16
+"""Of one service: PostgreSQL has connections for as many, one machine hardly the cores."""
+
+SHARDS_MAX = 16
+"""A machine that needs more has long needed a second machine."""
+
 SECRET_BYTES = 32
 """Of randomness in each secret: what HS256 asks for, and more than a password needs."""
 

@@ -1,8 +1,9 @@
 """What people see: progress while they wait, the table of `status`, the lines of `logs`."""
 
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
@@ -134,47 +135,34 @@ def _span(seconds: float) -> str:
     return f"{whole // 60} min" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def read_logs(logs: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
-    """Every line of every log as ``(name, line)``."""
-    for name, path in logs.items():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from ((name, line.rstrip("\n")) for line in file)
+def log_lines(folder: Path, name: str | None, *, follow: bool) -> Iterator[tuple[str, str]]:
+    """
+    Every line of every log as ``(process, line)``; see :func:`find_logs` for ``name``.
 
-
-def follow_logs(folder: Path, wanted: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The last lines of each log and then, without end, what is added; also by new processes."""
-    names = tuple(wanted)
-    files: dict[str, IO[str]] = {}
-    rests: dict[str, str] = {}
+    To follow begins with the last lines of each and never ends: what is added, also by processes
+    that are new, and after the next `up`.
+    """
+    files: dict[Path, IO[str]] = {}
     while True:
-        for name, path in find_logs(folder, names).items():
-            known = files.get(name)
-            if known is None:
-                files[name] = path.open(encoding="utf-8", errors="replace")
-                lines = files[name].read().splitlines(keepends=True)
-                tail = "".join(lines[-LOG_LINES_BEFORE_FOLLOWING:])
-            else:
-                tail = known.read()
-                if _rotated(known, path):
-                    known.close()
-                    del files[name]
-            whole, _, rests[name] = (rests.get(name, "") + tail).rpartition("\n")
-            yield from ((name, line) for line in whole.splitlines())
+        for path in find_logs(folder, name):
+            # After a rotation the path is another file.
+            if path in files and path.stat().st_ino != os.fstat(files[path].fileno()).st_ino:
+                files.pop(path).close()
+            known = path in files
+            file = files[path] if known else path.open(encoding="utf-8", errors="replace")
+            files[path] = file
+            lines = file.read().splitlines()
+            shown = lines[-LOG_LINES_BEFORE_FOLLOWING:] if follow and not known else lines
+            yield from ((path.stem, line) for line in shown)
+        if not follow:
+            return
         time.sleep(LOG_POLL_S)
 
 
-def _rotated(file: IO[str], path: Path) -> bool:
-    try:
-        return path.stat().st_ino != Path(f"/dev/fd/{file.fileno()}").stat().st_ino
-    except FileNotFoundError:
-        return True
-
-
-def find_logs(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """The logs in the folder by process; ``api`` stands for all of api-0, api-1, …"""
-    wanted = tuple(names)
-    return {
-        path.stem: path
+def find_logs(folder: Path, name: str | None) -> list[Path]:
+    """The logs in the folder: all, or those of a process; ``api`` means api-0, api-1, …"""
+    return [
+        path
         for path in sorted(folder.glob("*.log"))
-        if not wanted or path.stem in wanted or path.stem.rpartition("-")[0] in wanted
-    }
+        if name is None or name in (path.stem, path.stem.rpartition("-")[0])
+    ]
