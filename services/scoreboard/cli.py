@@ -197,8 +197,9 @@ def _start_detached(
                 if state.phase == "ready":
                     return state
             if died:
-                said = state.error if state is not None else None
-                raise ClusterError(said or last_line(log_path).removeprefix("Error: "))
+                if state is None:
+                    raise ClusterError(last_line(log_path).removeprefix("Error: "))
+                raise ClusterError(state.error or "It was stopped before it was ready.")
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         supervisor.send_signal(signal.SIGINT)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from services.scoreboard.home import (
     Home,
     ProcessState,
     State,
+    command_line,
     last_line,
 )
 from services.scoreboard.servers import Binaries, Nginx, Postgres, http_status, valkey, valkey_url
@@ -31,6 +33,9 @@ template's keepalive_min_timeout (3 s) its clients keep their connections. Then 
 
 REPLICA_STOP_SECONDS = DRAIN_SECONDS + 10.0
 """SIGTERM to exit, before SIGKILL: the drain and the last requests, each bounded to 2 s."""
+
+ORPHANS_SECONDS_MAX, ORPHANS_POLL_S = 30.0, 0.1
+"""A shard's last checkpoint is the slowest end of a server."""
 
 SERVICE_VARIABLES = (
     "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "JWT_SECRET",
@@ -80,8 +85,10 @@ class Cluster:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._asked_to_stop.set)
         loop.add_signal_handler(signal.SIGUSR1, self._wished.set)
+        orphans = self._home.orphans()
         self._changed()
         try:
+            await self._unless_stopped(_wait_for(orphans))
             await self._unless_stopped(self._start())
             while not self._asked_to_stop.is_set():
                 await self._unless_stopped(self._wished.wait())
@@ -192,6 +199,8 @@ class Cluster:
             replicas = self._replicas[service]
             removed += replicas[count:]
             added += [self._replica(service, index) for index in range(len(replicas), count)]
+        if not added and not removed:
+            return
         try:
             await _all(*(replica.start() for replica in added))
         except BaseException:
@@ -293,6 +302,13 @@ class Cluster:
     def _changed(self) -> None:
         self._home.write_state(self._state)
         self._shown(self._state)
+
+
+async def _wait_for(orphans: set[int]) -> None:
+    """Let the servers of a killed supervisor give back their port and data directories."""
+    give_up_at = time.monotonic() + ORPHANS_SECONDS_MAX
+    while any(map(command_line, orphans)) and time.monotonic() < give_up_at:  # noqa: ASYNC110
+        await asyncio.sleep(ORPHANS_POLL_S)
 
 
 async def _all(*work: Coroutine[Any, Any, None]) -> None:

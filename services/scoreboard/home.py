@@ -170,9 +170,21 @@ class Home:
 
     def state(self) -> State | None:
         """The last state written, by a supervisor that may be gone."""
-        with suppress(FileNotFoundError):
+        try:
             return State.from_json((self.run / "state.json").read_text(encoding="utf-8"))
-        return None
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            raise ClusterError(f"The cluster in {self.path} belongs to another user.") from None
+
+    def orphans(self) -> set[int]:
+        """Servers of a supervisor that was killed, which are about to end; Linux only."""
+        state = self.state()
+        return {
+            process.pid
+            for process in (state.processes if state else ())
+            if process.pid and f"{self.path}/" in command_line(process.pid)
+        }
 
     def write_state(self, state: State) -> None:
         """Replace the state in one step: a reader sees the old or the new one."""
@@ -197,6 +209,14 @@ class Home:
         for path in self.log.glob("*.log"):
             if path.stem != keep:
                 path.replace(path.with_suffix(".log.1"))
+
+
+def command_line(pid: int) -> str:
+    """What runs as that pid; empty if nothing does, or the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def last_line(log: Path) -> str:

@@ -12,13 +12,14 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
-from services.scoreboard.home import ClusterError, Home, last_line
+from services.scoreboard.home import ClusterError, Home, command_line, last_line
 from services.scoreboard.supervisor import Identity, Program, run_once
 
 POSTGRES_USER = POSTGRES_DATABASE = "postgres"
@@ -224,11 +225,17 @@ class Postgres:
             raise ClusterError(f"{data.name}: initdb failed: {last_line(log)} (log: {log})")
 
     def adopt(self, shard: int) -> None:
-        """Name a new data directory as such; see that the server's identity owns an old one."""
+        """Name a new data directory as such; see that the server's identity can use an old one."""
         data = self._home.postgres(shard)
         if not data.exists():
             self._unfinished(shard).rename(data)
-        elif os.geteuid() == 0 and data.stat().st_uid != (self._identity.uid or 0):
+            return
+        # After a power loss its pid may be another process's, and the server would not start.
+        with suppress(FileNotFoundError, IndexError):
+            locked_by = int((data / "postmaster.pid").read_text().splitlines()[0])
+            if Path("/proc/self").exists() and str(data) not in command_line(locked_by):
+                (data / "postmaster.pid").unlink()
+        if os.geteuid() == 0 and data.stat().st_uid != (self._identity.uid or 0):
             for path in (data, *data.rglob("*")):
                 _give(path, self._identity)
 
