@@ -1,0 +1,110 @@
+"""The supervisor's promises: nothing is left running, no secret is shown, a wish is granted whole."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.cluster import Cluster
+from tests.test_command import left_running
+
+END_SECONDS_MAX = 10.0
+
+
+async def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether it comes true in time."""
+    give_up_at = time.monotonic() + END_SECONDS_MAX
+    while not holds() and time.monotonic() < give_up_at:  # noqa: ASYNC110 - another process's doing
+        await asyncio.sleep(0.05)
+    return holds()
+
+
+def alive(pid: int) -> bool:
+    """Whether that process runs; one that has ended but was not yet waited for does not."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def pids(cluster: Cluster) -> list[int]:
+    return [process["pid"] for process in cluster.status()["processes"] if process["pid"]]
+
+
+async def test_a_killed_supervisor_leaves_nothing_behind(fresh: Cluster) -> None:
+    """Every server ends with it, no score is lost, and `up` works at once."""
+    fresh.up(api=1, gateway=1, shards=1)
+    async with fresh.client() as client:
+        await client.post("alice", 3)
+    servers = pids(fresh)
+    assert len(servers) == 5
+    os.kill(fresh.status()["pid"], signal.SIGKILL)
+    fresh.up(api=1, gateway=1)
+    assert await eventually(lambda: not any(map(alive, servers)))
+    async with fresh.client() as client:
+        assert (await client.post("alice", 4)).json["newScore"] == 7
+    fresh.down()
+    assert await eventually(lambda: left_running(fresh.home) == [])
+
+
+def test_no_secret_is_shown(cluster: Cluster) -> None:
+    """No secret of the home stands among a process's arguments, in a log or in the state."""
+    secrets = [
+        cluster.secret(name) for name in ("jwt_secret", "postgres_password", "valkey_password")
+    ]
+    shown = {
+        path.name: path.read_text()
+        for folder in ("log", "run")
+        for path in (cluster.home / folder).iterdir()
+        if path.is_file()
+    }
+    for pid in pids(cluster):
+        shown[f"arguments of {pid}"] = Path(f"/proc/{pid}/cmdline").read_text()
+    assert [name for name, text in shown.items() if any(one in text for one in secrets)] == []
+
+
+def test_a_wish_that_cannot_be_granted_changes_nothing(fresh: Cluster) -> None:
+    """`scale` whose new replica does not start says why, and the old ones go on."""
+    fresh.up(api=1, gateway=1, shards=1)
+    before = pids(fresh)
+    secret = fresh.home / "secrets" / "jwt_secret"
+    kept = secret.read_text()
+    secret.write_text("short")
+    done = fresh.command("scale", "api=2")
+    secret.write_text(kept)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "Error: api-1 died 3 times at start: JWT_SECRET must be a secret of at least 32 bytes."
+    )
+    assert pids(fresh) == before
+
+
+async def test_a_frozen_replica_fails_no_request(fresh: Cluster) -> None:
+    """Nginx asks the other one under the same id; the increment counts once."""
+    fresh.up(api=2, gateway=1, shards=1)
+    frozen = fresh.process("api-0")["pid"]
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        async with fresh.client() as client:
+            answers = [await client.post("alice", 1) for _ in range(10)]
+            assert [answer.json.get("newScore") for answer in answers] == list(range(1, 11))
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    # What it had begun before, it must not add once it wakes up.
+    async with fresh.client() as client:
+        assert (await client.post("alice", 1)).json["newScore"] == 11
+
+
+async def test_without_a_replica_the_answer_is_to_come_back(fresh: Cluster) -> None:
+    """503 in the contract's shape until the only API is back."""
+    fresh.up(api=1, gateway=1, shards=1)
+    fresh.kill("api-0")
+    async with fresh.client() as client:
+        answer = await client.post("alice", 1)
+        assert answer.status == 503
+        assert answer.json == {"status": "error", "message": "Service overloaded"}
+        assert answer.headers["Retry-After"] == "1"
+        assert await eventually(lambda: fresh.process("api-0")["state"] == "ready")
+        assert (await client.post("alice", 1)).json["newScore"] == 1
