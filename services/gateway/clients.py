@@ -26,8 +26,9 @@ PING_EVERY_S = 20.0
 """Between pings, and how long a pong may take. Proxies drop what is silent for 60 s."""
 
 STALL_MAX_S = 10.0
-"""How long a client may take nothing. Proxy and kernel hold a hundred boards before it is noticed
-here, so it has been away for much longer, and reconnecting shows it the newest board at once."""
+"""How long a client may take nothing. Behind Nginx that is noticed only when Nginx's buffers are
+full (250 boards with `sndbuf=32k` on its `listen`, 5,500 without), so it has been away for much
+longer, and reconnecting shows it the newest board at once."""
 
 CLOSE_TIMEOUT_S = 3.0
 """How long a client may take to answer a close before it is cut off."""
