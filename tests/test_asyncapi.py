@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from services.gateway.clients import Close
+from shared.board import BOARD_SIZE, Board, Standing, live_message
 from tests.openapi import (
     ASYNCAPI,
     OPENAPI,
@@ -18,8 +20,8 @@ from tests.openapi import (
 
 LIVE = ASYNCAPI["channels"]["live"]
 
-# What AsyncAPI 3.0 allows in the objects that the document has, the required first. Fields it allows and
-# the document does not use are left out: who wants one looks it up and adds it here.
+# What AsyncAPI 3.0 requires and what it allows in the objects that the document has. Fields that it
+# allows and the document does not use are left out: who wants one looks it up and adds it here.
 OBJECTS: dict[str, tuple[set[str], set[str]]] = {
     "root": (
         {"asyncapi", "info"},
@@ -144,6 +146,13 @@ def test_another_message_is_noticed(text: str) -> None:
         check_live_message(text)
 
 
+def test_what_the_gateway_sends_is_allowed() -> None:
+    """The project's own message of a full and of an empty board is a documented one."""
+    standings = tuple(Standing(f"user-{place}", 100 - place) for place in range(BOARD_SIZE))
+    check_live_message(live_message(Board(epoch=1, version=1, standings=standings)).decode())
+    check_live_message(live_message(Board(epoch=1, version=2, standings=())).decode())
+
+
 def test_a_row_is_the_same_in_both_documents() -> None:
     """HTTP and WebSocket describe a standing alike."""
     http = OPENAPI["components"]["schemas"]
@@ -154,10 +163,11 @@ def test_a_row_is_the_same_in_both_documents() -> None:
 
 
 def test_a_refusal_has_the_error_s_body_and_headers() -> None:
-    """A refused handshake is a 401 with its challenge or a 503 with its delay, nothing else."""
+    """A refused handshake is a 401 with its challenge, a 426 or a 503 with its delay."""
     unauthorized = b'{"status":"error","message":"Unauthorized"}'
     overloaded = b'{"status":"error","message":"Service overloaded"}'
     check_refusal(401, {"www-authenticate": "Bearer"}, unauthorized)
+    check_refusal(426, {"Upgrade": "websocket"}, b'{"status":"error","message":"Upgrade required"}')
     check_refusal(503, {"Retry-After": "1"}, overloaded)
     with pytest.raises(AssertionError):
         check_refusal(401, {}, unauthorized)
@@ -167,9 +177,11 @@ def test_a_refusal_has_the_error_s_body_and_headers() -> None:
         check_refusal(403, {"www-authenticate": "Bearer"}, unauthorized)
 
 
-def test_the_close_codes_are_the_contract_s() -> None:
-    """The table has every code a gateway may close with, and each says when to come back."""
-    assert set(LIVE["x-close-codes"]) == {"1008", "1012", "1013", "4401", "4429"}
+def test_the_close_codes_are_the_gateway_s() -> None:
+    """The table has every code the gateway closes with, and each says when to come back."""
+    # A normal close is the client's own, answered in kind; the protocol's library adds the 1009.
+    own = {str(int(code)) for code in Close if code is not Close.NORMAL}
+    assert set(LIVE["x-close-codes"]) == {*own, "1009"}
     for close in LIVE["x-close-codes"].values():
         assert close["description"]
         assert close["reconnect"]

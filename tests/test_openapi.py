@@ -8,6 +8,9 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from services.api.endpoints import ROUTES
+from services.api.submission import SCORE_MAX, InvalidKey, read_body, read_increment, read_key
+from shared.board import BOARD_SIZE
+from shared.user_id import USER_ID_LENGTH_MAX
 from tests.openapi import OPENAPI, check_answer, check_schema, resolve
 
 UPDATE = "/api/scores/update"
@@ -28,6 +31,7 @@ def headers_of(response: dict[str, Any]) -> dict[str, str]:
     values = {
         name: str(header["schema"].get("const", header.get("example")))
         for name, header in documented.items()
+        if header.get("required")
     }
     return values | {"content-type": "application/json"}
 
@@ -36,8 +40,9 @@ def example_answers() -> Iterator[Answer]:
     """Every answer that the document gives as an example."""
     elsewhere = OPENAPI["x-elsewhere"]
     places = [
-        ("GET", "/api/nothing", {"404": elsewhere["unknownPath"]}),
-        ("DELETE", UPDATE, {"405": elsewhere["unknownMethod"]}),
+        ("GET", "/api/nothing", elsewhere["unknownPath"]),
+        ("DELETE", UPDATE, elsewhere["unknownMethod"]),
+        ("PUT", "/api/nothing", elsewhere["anywhere"]),
         *((*place, operation["responses"]) for place, operation in OPERATIONS.items()),
     ]
     for method, path, responses in places:
@@ -76,10 +81,47 @@ def test_an_example_is_an_allowed_answer(answer: Answer) -> None:
 
 
 def test_the_example_of_an_update_is_allowed() -> None:
-    """The request the document shows has the schema the document demands."""
+    """The request the document shows has the schema the document demands, and the code reads it."""
     content = OPENAPI["paths"][UPDATE]["post"]["requestBody"]["content"]["application/json"]
     for example in content["examples"].values():
         check_schema(OPENAPI, content["schema"], example["value"])
+        submission = read_body(json.dumps(example["value"]).encode())
+        assert submission.user_id == example["value"]["userId"]
+        assert read_increment(submission.increment, SCORE_MAX)
+
+
+def test_the_limits_are_the_code_s() -> None:
+    """The longest user id, the highest score and the longest board are those of the code."""
+    schemas = OPENAPI["components"]["schemas"]
+    assert schemas["UserId"]["maxLength"] == USER_ID_LENGTH_MAX
+    assert schemas["Score"]["maximum"] == SCORE_MAX
+    assert schemas["TopScores"]["properties"]["topScores"]["maxItems"] == BOARD_SIZE
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param("5f0c9d1e", id="bare"),
+        pytest.param('"5f0c9d1e"', id="quoted"),
+        pytest.param('"' + "k" * 255 + '"', id="longest"),
+        pytest.param("", id="empty"),
+        pytest.param('""', id="quoted empty"),
+        pytest.param('"5f0c', id="half quoted"),
+        pytest.param("two words", id="a space"),
+        pytest.param("k" * 256, id="too long"),
+        pytest.param('"' + "k" * 256 + '"', id="quoted too long"),
+    ],
+)
+def test_the_idempotency_key_is_the_code_s(key: str) -> None:
+    """The document and the code agree on what is an idempotency key."""
+    schema = OPENAPI["components"]["parameters"]["IdempotencyKey"]["schema"]
+    try:
+        read_key(key)
+    except InvalidKey:
+        with pytest.raises(AssertionError):
+            check_schema(OPENAPI, schema, key)
+    else:
+        check_schema(OPENAPI, schema, key)
 
 
 def test_no_answer_may_have_further_fields() -> None:

@@ -36,6 +36,7 @@ let you = null;
 function takeToken(text) {
   const claims = claimsOf(text);
   if (typeof claims?.sub !== "string") {
+    page.token.hidden = false;
     page.wrong.textContent = "That is not a token: it has three parts with dots between, and names a user.";
     return;
   }
@@ -85,6 +86,7 @@ const live = new LiveScores({
 
 let state = { name: "connecting" };
 let boardTime = null;
+let accepted = null;
 
 const CLOSED = {
   1012: "the server restarts",
@@ -95,6 +97,7 @@ const CLOSED = {
 live.addEventListener("state", ({ detail }) => {
   const changed = detail.name !== state.name;
   state = detail;
+  if (state.name === "live") accepted = token;
   if (state.name === "token") {
     page.play.hidden = true;
     askForToken(state.expired ? "Your token expired." : "The live board needs a token.");
@@ -117,14 +120,17 @@ function stateInWords() {
       return ["Live", ""];
     case "waiting": {
       const seconds = Math.max(1, Math.ceil((state.until - Date.now()) / 1000));
-      const reason = state.refused ? "the server is away or refuses the token" : CLOSED[state.code];
-      return [`Reconnecting in ${seconds} s`, reason ?? "the connection was lost"];
+      return [`Reconnecting in ${seconds} s`, state.refused ? refusal() : CLOSED[state.code] ?? "the connection was lost"];
     }
     case "token":
       return [state.expired ? "Token expired" : "Not live: no token", ""];
     default:
       return ["Connecting…", ""];
   }
+}
+
+function refusal() {
+  return token === accepted ? "the server does not answer" : "the server is away or refuses the token";
 }
 
 setInterval(() => state.name === "waiting" && showState(), 250);
@@ -257,7 +263,11 @@ function flash(row, difference) {
   row.gain.textContent = difference > 0 ? `+${number.format(difference)}` : number.format(difference);
   const rise = calm.matches ? "none" : "translateY(-.55em)";
   row.gain.animate(
-    [{ opacity: 1, transform: "none" }, { opacity: 1, offset: 0.6 }, { opacity: 0, transform: rise }],
+    [
+      { opacity: 1, visibility: "visible", transform: "none" },
+      { opacity: 1, offset: 0.6 },
+      { opacity: 0, visibility: "visible", transform: rise },
+    ],
     FLASH_MS,
   );
 }
@@ -265,7 +275,14 @@ function flash(row, difference) {
 function point(row, up) {
   row.move.textContent = up ? "▲" : "▼";
   row.move.dataset.up = up;
-  row.move.animate([{ opacity: 1 }, { opacity: 1, offset: 0.7 }, { opacity: 0 }], 3 * FLASH_MS);
+  row.move.animate(
+    [
+      { opacity: 1, visibility: "visible" },
+      { opacity: 1, offset: 0.7 },
+      { opacity: 0, visibility: "visible" },
+    ],
+    3 * FLASH_MS,
+  );
 }
 
 /* ---- news for those who listen ---- */

@@ -12,7 +12,7 @@ from redis.exceptions import ResponseError
 
 from services.api import metrics
 from services.api.batch import Batches, Overloaded
-from services.api.shards import Shards, is_transient
+from services.api.shards import DATABASE_FAILURES, Shards
 from shared.board import Score
 from shared.leaderboard import REDIS_FAILURES, Leaderboard
 
@@ -77,9 +77,7 @@ class Announcements:
                 log.error("leaderboard.damaged", error=repr(error))
                 metrics.REBUILDS.labels("damaged").inc()
                 await self._discard()
-            except Exception as error:
-                if not isinstance(error, REDIS_FAILURES) and not is_transient(error):
-                    raise
+            except (*REDIS_FAILURES, *DATABASE_FAILURES) as error:
                 log.warning("leaderboard.rebuild_failed", error=repr(error))
                 metrics.REBUILDS.labels("failed").inc()
             self._rebuild_now.clear()

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from services.api.announcements import Announcements
-from services.api.endpoints import ROUTES, Api, fail, refuse
+from services.api.endpoints import ROUTES, Api, refuse
 from services.api.exchange import Exchange
 from services.api.quota import Quota, count_in_memory, count_operations
 from services.api.schema import SchemaError
@@ -118,7 +118,7 @@ def create_app(settings: ApiSettings, shards: Shards, api: Api) -> Starlette:
     app = Starlette(
         routes=[*ROUTES, *operations_routes(readiness)],
         middleware=[Middleware(Exchange, trusted_proxies=settings.trusted_proxies)],
-        exception_handlers={HTTPException: refuse, Exception: fail},
+        exception_handlers={HTTPException: refuse},
     )
     # `/api/scores/top/` is no path of the contract; a redirect would make it one.
     app.router.redirect_slashes = False

@@ -5,6 +5,7 @@ disk flush, among everyone who came meanwhile.
 """
 
 import asyncio
+import contextvars
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -67,7 +68,8 @@ class Batches(Generic[Item, Result]):
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(item, future, time.monotonic() + self._patience_s))
         if self._worker is None:
-            self._worker = asyncio.create_task(self._work())
+            # In no request's context: what it logs is not about the one that happened to be first.
+            self._worker = asyncio.create_task(self._work(), context=contextvars.Context())
         return await future
 
     async def _work(self) -> None:

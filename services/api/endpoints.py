@@ -13,7 +13,7 @@ from starlette.routing import Route
 from services.api.announcements import Announcements
 from services.api.batch import Overloaded
 from services.api.quota import Quota
-from services.api.shards import NoOwner, Operation, Refusal, is_transient
+from services.api.shards import DATABASE_FAILURES, NoOwner, Operation, Refusal
 from services.api.submission import (
     InvalidBody,
     InvalidIncrement,
@@ -66,6 +66,10 @@ def _overloaded() -> Refused:
     return Refused(503, "Service overloaded", {"Retry-After": str(RETRY_AFTER_OVERLOADED_S)})
 
 
+def _not_written() -> Refused:
+    return Refused(500, "Internal server error after retries")
+
+
 async def update_score(request: Request) -> Response:
     """POST /api/scores/update: token, whose token, quota, body, write."""
     api: Api = request.app.state.api
@@ -82,7 +86,7 @@ async def update_score(request: Request) -> Response:
     except Overloaded:
         raise _overloaded() from None
     except NotWritten:
-        raise Refused(500, "Internal server error after retries") from None
+        raise _not_written() from None
     if outcome is Refusal.SCORE_TOO_HIGH:
         raise Refused(400, "Invalid score increment")
     if outcome is Refusal.KEY_REUSED:
@@ -151,12 +155,8 @@ async def _spend(request: Request, quota: Quota, client: str) -> None:
         allowance = await quota.spend(client)
     except Overloaded:
         raise _overloaded() from None
-    except NoOwner:
-        raise Refused(500, "Internal server error after retries") from None
-    except Exception as error:
-        if not is_transient(error):  # Neither Redis nor the user's shard could count it.
-            raise
-        raise Refused(500, "Internal server error after retries") from None
+    except (NoOwner, *DATABASE_FAILURES):  # Redis is away, and the shard could not count it.
+        raise _not_written() from None
     request.state.quota_headers = allowance.headers(quota.name)
     if not allowance.allowed:
         raise Refused(429, "Too many requests")
@@ -188,8 +188,3 @@ async def refuse(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
     message = _MESSAGES.get(error.status_code, error.detail)
     return _json(error_body(message), error.headers, error.status_code)
-
-
-async def fail(_request: Request, error: Exception) -> Response:
-    """A bug. The client learns nothing of it; Starlette raises it again for the log."""
-    return _json(error_body("Internal server error"), status=500)

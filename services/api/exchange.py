@@ -13,13 +13,17 @@ from collections.abc import Sequence
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.api import metrics
+from shared.answers import error_body
 
 _EDGE_ID = re.compile(r"[0-9a-f]{32}")
 
 _PEERS_CACHED = 1024
+
+_BUG = Response(error_body("Internal server error"), 500, media_type="application/json")
 
 log = structlog.get_logger()
 
@@ -57,7 +61,7 @@ class Exchange:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["client_address"] = peer
-        status = 500
+        status: int | None = None
         started = time.perf_counter()
 
         async def send_stamped(message: Message) -> None:
@@ -71,7 +75,14 @@ class Exchange:
 
         try:
             with structlog.contextvars.bound_contextvars(request_id=request_id):
-                await self._app(scope, receive, send_stamped)
+                try:
+                    await self._app(scope, receive, send_stamped)
+                except Exception:
+                    # A bug. The client learns nothing of it but the id to ask about.
+                    log.exception("request.failed", path=scope["path"])
+                    if status is not None:
+                        raise
+                    await _BUG(scope, receive, send_stamped)
         finally:
             # Starlette's router leaves the route it chose; anything else is one label.
             route = getattr(scope.get("route"), "path", "other")

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import asyncpg
 import structlog
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -106,27 +107,31 @@ _TRANSIENT_CODES = {
 }
 
 
-DATABASE_FAILURES = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    PoolTimeoutError,
-    OSError,
-    TimeoutError,
-)
-"""All the ways the hot statements fail: a refused or timed-out connection is a plain OSError or
-TimeoutError, and SQLAlchemy's pool has a TimeoutError of its own."""
+# A refused or timed-out connection is a plain OSError or TimeoutError, and SQLAlchemy's pool has a
+# TimeoutError of its own.
+_UNREACHABLE = (asyncpg.InterfaceError, PoolTimeoutError, OSError, TimeoutError)
+
+DATABASE_FAILURES = (asyncpg.PostgresError, DBAPIError, *_UNREACHABLE)
+"""All the ways a statement fails: SQLAlchemy wraps what happens while it connects."""
 
 
 def is_transient(error: BaseException) -> bool:
     """
     Whether the same operations may succeed when sent again.
 
-    By SQLSTATE where there is one: classes say little, SQLAlchemy's even less.
+    By SQLSTATE where there is one: classes say little, SQLAlchemy's even less. The true code may
+    stand behind the error: asyncpg reports a server's last words as a lost connection.
     """
-    if isinstance(error, asyncpg.PostgresError):
-        code = error.sqlstate or ""
-        return code.startswith(_TRANSIENT_CLASSES) or code in _TRANSIENT_CODES
-    return isinstance(error, DATABASE_FAILURES)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, asyncpg.PostgresError):
+            code = cause.sqlstate or ""
+            if code.startswith(_TRANSIENT_CLASSES) or code in _TRANSIENT_CODES:
+                return True
+        elif isinstance(cause, _UNREACHABLE):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 class Shards:
@@ -187,8 +192,8 @@ class Shards:
             try:
                 async with engine.connect() as connection:
                     await schema.check(connection, f"Shard {number}")
-            except Exception as error:
-                if not _is_away(error):
+            except DATABASE_FAILURES as error:
+                if not is_transient(error):
                     raise
                 log.warning("shard.away", shard=number, error=repr(error))
         await self.refresh_owners()
@@ -209,8 +214,8 @@ class Shards:
         try:
             async with self._engines[number].connect() as connection:
                 return await schema.owned_partitions(connection)
-        except Exception as error:
-            if not _is_away(error):
+        except DATABASE_FAILURES as error:
+            if not is_transient(error):
                 raise
             log.warning("shard.away", shard=number, error=repr(error))
             return None
@@ -345,13 +350,3 @@ class Shards:
             except (OSError, TimeoutError, asyncpg.InterfaceError):
                 await connection.invalidate()
                 raise
-
-
-def _is_away(error: BaseException) -> bool:
-    """Whether the error, or what SQLAlchemy wrapped in it, says that the server is not there."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if is_transient(seen):
-            return True
-        seen = seen.__cause__
-    return False

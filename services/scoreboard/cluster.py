@@ -148,7 +148,7 @@ class Cluster:
         self._phase("ready")
 
     async def _create_shards(self, postgres: Postgres) -> None:
-        for server in self._shards:
+        for server in self._shards[self._home.shards() :]:
             server.state.state = "creating"
         self._changed()
         await _all(*(postgres.create(shard) for shard in range(self._size.shards)))
@@ -313,7 +313,7 @@ def check_size(home: Home, *, api: int, gateway: int, shards: int | None) -> Siz
         ClusterError: If the home's data cannot be served so.
     """
     there = home.shards()
-    if shards is not None and there and shards != there:
+    if shards is not None and shards < there:
         raise ClusterError(
             f"The data in {home.path} lives on {there} shard{'s' * (there > 1)}, so it cannot be "
             f"served by {shards}: leave --shards out, or choose another --home."

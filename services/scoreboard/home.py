@@ -12,8 +12,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -21,7 +20,7 @@ from typing import Literal, Self
 SECRET_BYTES = 32
 """Of randomness in each secret: what HS256 asks for, and more than a password needs."""
 
-LOCK_WAIT_S = 0.5
+LOCK_WAIT_S, LOCK_POLL_S = 0.5, 0.02
 """`status` holds the lock shared for an instant; a supervisor that meets it tries again."""
 
 LAST_LINE_BYTES = 4096
@@ -46,7 +45,9 @@ class ProcessState:
     port: int | None = None
     operations_port: int | None = None
     pid: int | None = None
-    state: Literal["waiting", "creating", "starting", "ready", "stopping", "done"] = "waiting"
+    state: Literal["waiting", "creating", "starting", "ready", "stopping", "stopped", "done"] = (
+        "waiting"
+    )
     restarts: int = 0
     started_at: float | None = None
 
@@ -129,21 +130,19 @@ class Home:
         _replace(path, text)
         return path
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> None:
         """
-        Be the only supervisor of this home.
+        Be the only supervisor of this home, until the process ends: then nothing of it is left.
 
         Raises:
             ClusterError: If there is one already.
         """
-        with (self.run / "lock").open("r+") as file:
-            give_up_at = time.monotonic() + LOCK_WAIT_S
-            while not _locked(file.fileno(), fcntl.LOCK_EX):
-                if time.monotonic() > give_up_at:
-                    raise ClusterError(self.already())
-                time.sleep(0.02)
-            yield
+        self._lock = (self.run / "lock").open("r+")
+        give_up_at = time.monotonic() + LOCK_WAIT_S
+        while not _locked(self._lock.fileno(), fcntl.LOCK_EX):
+            if time.monotonic() > give_up_at:
+                raise ClusterError(self.already())
+            time.sleep(LOCK_POLL_S)
 
     def running(self) -> State | None:
         """What the supervisor says, or None where none runs: a dead one's state is not believed."""
@@ -186,6 +185,9 @@ class Home:
 
     def rotate_logs(self, *, keep: str) -> None:
         """Put the last run's logs aside, all but that of ``keep``, which is this run's already."""
+        for old in self.log.glob("*.log.1"):
+            if old.name != f"{keep}.log.1":
+                old.unlink()
         for path in self.log.glob("*.log"):
             if path.stem != keep:
                 path.replace(path.with_suffix(".log.1"))

@@ -5,26 +5,36 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, TYPE_CHECKING, Self
 
 import click
 
 from services.scoreboard.home import ProcessState, State
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 LOG_POLL_S = 0.2
 
 LOG_LINES_BEFORE_FOLLOWING = 10
 """Of each log, as `tail -f` does."""
 
-STYLES = {"ready": "green", "done": "green", "waiting": "dim", "stopping": "yellow"}
+STYLES = {
+    "ready": "green",
+    "done": "green",
+    "waiting": "dim",
+    "stopping": "yellow",
+    "stopped": "dim",
+}
 """Everything else is on its way, and cyan."""
 
 
 class Progress:
     """Shows states as they come: a live table on a terminal, else a line for each news."""
 
-    def __init__(self) -> None:
-        self._said: dict[str, str] = {}
+    def __init__(self, known: State | None = None) -> None:
+        """What stands in ``known`` is no news."""
+        self._news = {one.name: (_news(one), "") for one in (known.processes if known else ())}
         self._began = time.monotonic()
         self._live = None
         if sys.stderr.isatty():
@@ -50,30 +60,32 @@ class Progress:
 
     def show(self, state: State) -> None:
         """Show what is new in it."""
-        if self._live is None:
-            self._say_news(state)
-        elif state.phase == "ready":
-            # The table stays away while the cluster just runs.
-            self._live.update("", refresh=True)
-        else:
-            from rich.table import Table
-
-            table = Table.grid(padding=(0, 2))
-            for process in state.processes:
-                style = STYLES.get(process.state, "cyan")
-                table.add_row(process.name, f"[{style}]{process.state}[/]", _elapsed(self._began))
-            self._live.update(table, refresh=True)
-
-    def _say_news(self, state: State) -> None:
+        elapsed = f"{time.monotonic() - self._began:.1f} s"
         for process in state.processes:
-            news = process.state + (f", restart {process.restarts}" if process.restarts else "")
-            if self._said.get(process.name, "waiting") != news:
-                self._said[process.name] = news
-                click.echo(f"{_elapsed(self._began):>7}  {process.name:<12} {news}", err=True)
+            news = _news(process)
+            if self._news.get(process.name, ("waiting",))[0] != news:
+                self._news[process.name] = news, elapsed
+                if self._live is None:
+                    click.echo(f"{elapsed:>7}  {process.name:<12} {news}", err=True)
+        if self._live is not None:
+            self._live.update(self._table(state), refresh=True)
+
+    def _table(self, state: State) -> "Table | str":
+        from rich.table import Table
+
+        if state.phase == "ready" and all(
+            one.state in ("ready", "done") for one in state.processes
+        ):
+            return ""  # It just runs.
+        table = Table.grid(padding=(0, 2))
+        for process in state.processes:
+            news, elapsed = self._news.get(process.name, ("waiting", ""))
+            table.add_row(process.name, news, elapsed, style=STYLES.get(process.state, "cyan"))
+        return table
 
 
-def _elapsed(since: float) -> str:
-    return f"{time.monotonic() - since:.1f} s"
+def _news(process: ProcessState) -> str:
+    return process.state + (f", restart {process.restarts}" if process.restarts else "")
 
 
 def greeting(state: State, token: str, command: str, home_option: str) -> str:

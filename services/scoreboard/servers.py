@@ -157,9 +157,9 @@ class Postgres:
         """Who can run the server, which refuses root; tried out, since many things can forbid it."""
         if os.geteuid() != 0:
             return Identity()
-        first = self._home.postgres(0)
-        owner = first.stat().st_uid if first.exists() else 0
-        for identity in (Identity(uid=owner or NOBODY), Identity(namespace=True)):
+        places = (self._home.postgres(0), self._home.path.parent)
+        owners = [uid for place in places if place.exists() and (uid := place.stat().st_uid)]
+        for identity in (*map(Identity, (*owners, NOBODY)), Identity(namespace=True)):
             if self._can_run(identity):
                 return identity
         raise ClusterError(
@@ -171,9 +171,9 @@ class Postgres:
     def _can_run(self, identity: Identity) -> bool:
         data = self._home.run / "probe"
         data.mkdir(mode=0o700, exist_ok=True)
-        _give(data, identity)
         enter_and_run = 'cd "$0" && exec "$1" --version'
         try:
+            _give(data, identity)
             probe = subprocess.run(
                 ["/bin/sh", "-c", enter_and_run, data, self._binaries / "initdb"],
                 check=False,
@@ -412,7 +412,12 @@ class Nginx:
 
 
 def _servers(ports: list[int]) -> str:
-    return " ".join(f"server 127.0.0.1:{port} max_fails=1 fail_timeout=1s;" for port in ports)
+    # Each twice, for the reason the template gives.
+    return " ".join(
+        f"server 127.0.0.1:{port} {how};"
+        for how in ("max_fails=1 fail_timeout=1s", "backup max_fails=0")
+        for port in ports
+    )
 
 
 async def http_status(port: int, path: str) -> int:

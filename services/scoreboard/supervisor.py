@@ -181,7 +181,7 @@ class Supervised:
                     await asyncio.wait_for(process.wait(), seconds)
             await self._kill(process)
             self._process = self.state.pid = None
-        self._show("done")
+        self._show("stopped")
 
     async def _keep(self) -> None:
         deaths = 0

