@@ -152,7 +152,7 @@ class Client(WSListener):
             self._control_second, self._control_frames = second, 0
         self._control_frames += 1
         if self._control_frames > CONTROL_FRAMES_PER_S:
-            self.close(Close.RECEIVE_ONLY, "receive-only")
+            self.close(Close.RECEIVE_ONLY, "too many pings")
             return
         self._heard = True
         # A client that takes nothing would make us keep its pongs.
