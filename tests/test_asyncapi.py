@@ -163,9 +163,10 @@ def test_a_row_is_the_same_in_both_documents() -> None:
 
 
 def test_a_refusal_has_the_error_s_body_and_headers() -> None:
-    """A refused handshake is a 401 with its challenge, a 426 or a 503 with its delay."""
+    """A refused handshake is a 400, a 401 with its challenge, a 426 or a 503 with its delay."""
     unauthorized = b'{"status":"error","message":"Unauthorized"}'
     overloaded = b'{"status":"error","message":"Service overloaded"}'
+    check_refusal(400, {}, b'{"status":"error","message":"Bad request"}')
     check_refusal(401, {"www-authenticate": "Bearer"}, unauthorized)
     check_refusal(426, {"Upgrade": "websocket"}, b'{"status":"error","message":"Upgrade required"}')
     check_refusal(503, {"Retry-After": "1"}, overloaded)
