@@ -168,14 +168,15 @@ class Client(WSListener):
     def resume_writing(self) -> None:
         self.paused_at = None
         self._clients.stalled -= 1
+        self._heard = True  # taking what was sent is as good as a pong
         metrics.FRAMES_SENT.inc(self.show())
 
     def show(self) -> bool:
         """Send the newest board, unless the client has it or cannot take it now."""
         newest = self._clients.newest
-        if self.shown is newest or self._close_by is not None:
+        if newest is None or newest is self.shown:
             return False
-        if newest is None or self.paused_at is not None:
+        if self._close_by is not None or self.paused_at is not None:
             return False
         self.shown = newest
         self._transport.send_reuse_external_bytearray(WSMsgType.TEXT, newest, FRAME_OFFSET)
@@ -314,7 +315,7 @@ class Clients:
         while closed < len(clients):
             elapsed = self.now() - start
             until = len(clients) if elapsed >= window_s else int(len(clients) * elapsed / window_s)
-            for client in clients[closed:until]:
+            for client in self._open.intersection(clients[closed:until]):
                 client.close(Close.RESTART, "restart")
             closed = until
             if closed < len(clients):
