@@ -71,7 +71,7 @@ class Leaderboard:
     ) -> bool:
         arguments: list[Any] = [CHANNEL, BOARD_SIZE, *self._seen, int(whole), len(retractions)]
         for user_id, score in retractions.items():
-            arguments += (user_id, score)
+            arguments += (user_id.encode(errors="surrogateescape"), score)
         for row in scores:
             arguments += (row.user_id, row.score, row.reached_us)
         answer = await self._script(keys=[SCORES_KEY, REACHED_KEY, BOARD_KEY], args=arguments)
@@ -88,9 +88,9 @@ class Leaderboard:
         self.floor = 0 if floor is None else int(floor)
 
     async def entries(self) -> dict[str, float]:
-        """What Redis believes: user id → score, unchecked."""
+        """What Redis believes: user id → score, unchecked; bytes that are no text as surrogates."""
         rows: Any = await self._redis.zrange(SCORES_KEY, 0, -1, withscores=True)
-        return {user_id.decode("utf-8", "replace"): float(score) for user_id, score in rows}
+        return {user_id.decode(errors="surrogateescape"): float(score) for user_id, score in rows}
 
     async def discard(self) -> None:
         """Drop keys that are not what they should be; the next rebuild starts a new epoch."""

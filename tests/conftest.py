@@ -5,8 +5,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from tests.cluster import Client, Cluster
+from tests.valkey import Valkey
 
 _users = count()
 
@@ -18,6 +20,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster.up()
     yield cluster
     cluster.down()
+
+
+@pytest.fixture(scope="session")
+async def lone_valkey(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Valkey]:
+    """A Valkey that is no cluster's: channels have no databases, so its boards concern nobody."""
+    server = Valkey(tmp_path_factory.mktemp("lone-valkey"))
+    await server.start()
+    yield server
+    await server.kill()
+
+
+@pytest.fixture
+async def redis(lone_valkey: Valkey) -> AsyncIterator[Redis]:
+    """An empty Redis of the test's own."""
+    async with Redis.from_url(lone_valkey.url) as redis:
+        await redis.flushall()
+        yield redis
 
 
 @pytest.fixture

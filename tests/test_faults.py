@@ -11,6 +11,7 @@ import websockets
 from redis.asyncio import Redis
 
 from services.api.shards import Shards
+from shared.leaderboard import SCORES_KEY
 from tests.cluster import Cluster, Json, eventually, receive_board
 from tests.load import Load
 
@@ -130,11 +131,11 @@ async def test_a_wiped_redis_changes_neither_score_nor_board(cluster: Cluster, u
         await asyncio.sleep(0.3)
         await redis.flushall()
         await asyncio.sleep(0.5)
-        await redis.set("{scoreboard}:scores", "not a sorted set")
+        await redis.set(SCORES_KEY, "not a sorted set")
         await asyncio.sleep(0.5)
     await load.assert_exact()
     await eventually(lambda: shows_the_truth(cluster), within_s=BOARD_S_MAX, what="the true board")
-    await redis.zadd("{scoreboard}:scores", {"nobody": 2_000_000_000, "nul\0": 1_999_999_999})
+    await redis.zadd(SCORES_KEY, {b"nobody": 2_000_000_000, b"nul\0": 1_999_999_999, b"\xff": 3})
     await eventually(lambda: shows_the_truth(cluster), within_s=BOARD_S_MAX, what="no false entry")
     await redis.aclose()
 

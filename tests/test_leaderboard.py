@@ -1,7 +1,6 @@
 """The board in Redis: exact whatever the order and repetition of what is written."""
 
 import random
-from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
@@ -9,19 +8,6 @@ from redis.exceptions import ResponseError
 
 from shared.board import Score, Standing, best
 from shared.leaderboard import BOARD_KEY, CHANNEL, SCORES_KEY, Leaderboard
-from tests.cluster import Cluster
-
-OWN_DATABASE = 5
-"""Of the cluster's Valkey: its own board is in 0."""
-
-
-@pytest.fixture
-async def redis(cluster: Cluster) -> AsyncIterator[Redis]:
-    """An empty database."""
-    url = cluster.secret("redis_url").rpartition("/")[0]
-    async with Redis.from_url(f"{url}/{OWN_DATABASE}") as redis:
-        await redis.flushdb()
-        yield redis
 
 
 @pytest.fixture
@@ -135,9 +121,9 @@ async def test_what_postgresql_does_not_confirm_is_retracted(
 ) -> None:
     """Unless it has changed since it was looked up."""
     await leaderboard.apply([Score("ana", 5, 1)])
-    await redis.zadd(SCORES_KEY, {"forged": 999, "ana": 7})
+    await redis.zadd(SCORES_KEY, {b"forged": 999, b"nul\0": 998, b"\xff": 997, b"ana": 7})
     entries = await leaderboard.entries()
-    assert entries == {"ana": 7.0, "forged": 999.0}
+    assert entries == {"ana": 7.0, "forged": 999.0, "nul\0": 998.0, "\udcff": 997.0}
     await leaderboard.apply([Score("ana", 8, 2)])
     await leaderboard.rebuild([Score("ana", 5, 1)], entries)
 

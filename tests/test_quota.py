@@ -1,29 +1,22 @@
 """A quota is exact over replicas, by Redis's clock, and neither opens nor closes without Redis."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
-import pytest
 from limits import parse
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from services.api.quota import Allowance, Quota, count_in_memory, count_operations
 from services.api.shards import Operation, Shards
 from tests.cluster import Cluster, free_port
 
-OWN_DATABASE = 6
-"""Of the cluster's Valkey: its own quotas are in 0."""
 
-
-@pytest.fixture
-async def redis(cluster: Cluster) -> AsyncIterator[Redis]:
-    """An empty database."""
-    url = cluster.secret("redis_url").rpartition("/")[0]
-    async with Redis.from_url(f"{url}/{OWN_DATABASE}") as redis:
-        await redis.flushdb()
-        yield redis
+def nobody() -> Redis:
+    """A client of a Redis that is away, and that asks once, as the services do."""
+    return Redis(port=free_port(), retry=Retry(NoBackoff(), 0))
 
 
 async def no_fallback(_client: str) -> Allowance:
@@ -89,7 +82,7 @@ async def test_without_redis_updates_are_counted_from_the_operations(
     rate = parse("3/hour")
     async with Shards.connect(cluster.shard_urls) as shards:
         await shards.check()
-        away = Redis(port=free_port())
+        away = nobody()
         quota = Quota("update", rate, away, count_operations(rate, shards))
         shard = shards.shard_of(user)
         for number in range(3):
@@ -106,7 +99,7 @@ async def test_without_redis_updates_are_counted_from_the_operations(
 async def test_without_redis_reads_are_counted_in_memory() -> None:
     """By each replica."""
     rate = parse("3/hour")
-    away = Redis(port=free_port())
+    away = nobody()
     quota = Quota("top", rate, away, count_in_memory(rate))
     spent = [await quota.spend("address:127.0.0.1") for _ in range(4)]
     await away.aclose()

@@ -15,6 +15,7 @@ from services.api.batch import Batches, Overloaded
 from services.api.shards import DATABASE_FAILURES, Shards
 from shared.board import Score
 from shared.leaderboard import REDIS_FAILURES, Leaderboard
+from shared.user_id import is_user_id
 
 BATCH_MAX = 500
 """Scores in one call of the script: it sorts that many rows in well under a millisecond."""
@@ -50,9 +51,9 @@ class Announcements:
             return
         try:
             await self._batches.submit(score)
-        except (Overloaded, *REDIS_FAILURES) as error:
+        except (Overloaded, *REDIS_FAILURES, *DATABASE_FAILURES) as error:
             metrics.ANNOUNCED.labels("failed").inc()
-            log.warning("leaderboard.unavailable", error=repr(error))
+            log.warning("leaderboard.not_announced", error=repr(error))
             self._rebuild_now.set()
         else:
             metrics.ANNOUNCED.labels("sent").inc()
@@ -95,7 +96,7 @@ class Announcements:
         that PostgreSQL does not confirm afterwards was never true.
         """
         entries = await self._leaderboard.entries()
-        confirmed = await self._shards.scores_of(entries)
+        confirmed = await self._shards.scores_of(filter(is_user_id, entries))
         wrong = {
             user_id: score
             for user_id, score in entries.items()

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -250,6 +251,10 @@ class Postgres:
             "log_timezone": "UTC",
             "log_checkpoints": "off",
         }
+        if sys.platform == "linux":
+            # After a crash one call makes the disk catch up, not one for each of a thousand files:
+            # 0.02 s instead of 2.2 s of the time until it is back.
+            settings["recovery_init_sync_method"] = "syncfs"
 
         async def ready(pid: int) -> bool:
             # What pg_ctl looks at: no password and no connection needed.
