@@ -249,7 +249,7 @@ async def get(port: int, path: str, headers: Mapping[str, str]) -> Answer:
                 b"",
             )
             if answer.status != 101:
-                answer.body = await reader.read()
+                answer.body = await reader.readexactly(int(answer.headers["content-length"]))
             return answer
         finally:
             writer.close()
