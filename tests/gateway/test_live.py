@@ -17,14 +17,13 @@ from services.gateway.handshake import Handshake
 from shared.board import Score
 from shared.leaderboard import Leaderboard
 from shared.token import TokenSettings, TokenVerifier
+from tests.cluster import eventually
 from tests.gateway.harness import (
     SECRET,
     Gateway,
     RawClient,
     Scores,
-    Valkey,
     closed,
-    eventually,
     get,
     next_score,
     running_gateway,
@@ -32,6 +31,7 @@ from tests.gateway.harness import (
     token,
 )
 from tests.openapi import check_refusal
+from tests.valkey import Valkey
 
 TEXT, BINARY, CONTINUATION, CLOSE, PING, PONG = 0x81, 0x82, 0x80, 0x88, 0x89, 0x8A
 
