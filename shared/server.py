@@ -1,20 +1,45 @@
 """An HTTP server inside a process that decides itself when it ends."""
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from shared.settings import SettingsError
+
 KEEP_ALIVE_S = 75
 """Longer than Nginx keeps a connection to us (60 s): so it is Nginx that closes, never a race."""
 
-BACKLOG = 4096
-"""Connections the kernel accepts for us while the loop is busy; it caps this at somaxconn."""
+BACKLOG = 1024
+"""Connections the kernel accepts for us while the loop is busy."""
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn, deaf to signals: set ``should_exit`` to have it drain and return."""
+
+    def __init__(self, app: ASGIApp, *, grace_s: int) -> None:
+        """
+        Args:
+            grace_s: Seconds for requests in flight once it is told to end.
+        """
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                ws="none",
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=grace_s,
+                # Nginx logs each request; uvicorn's own line has the token of the query string.
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                date_header=False,
+                proxy_headers=False,
+            )
+        )
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -22,28 +47,19 @@ class Server(uvicorn.Server):
         yield
 
 
-def http_server(app: ASGIApp, *, host: str, port: int, grace_s: int) -> Server:
+def listen(name: str, host: str, port: int) -> socket.socket:
     """
-    A server for ``app``; ``await server.serve()`` runs it on the loop that is running.
+    A socket that listens; bound before anything is started that would have to be undone.
 
     Args:
-        grace_s: Seconds for requests in flight once it is told to end.
+        name: The variable that the port came from.
+
+    Raises:
+        SettingsError: If it cannot be had.
     """
-    return Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            lifespan="off",
-            ws="none",
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=grace_s,
-            # Ours has the id of the request, and theirs the token in the query string.
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            date_header=False,
-            proxy_headers=False,
-        )
-    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise SettingsError(f"{name}: cannot listen on {host}:{port}: {reason}.") from None

@@ -27,6 +27,7 @@ COMMAND = str(Path(sys.executable).with_name("scoreboard"))
 
 UP_SECONDS_MAX = 120
 ANSWER_SECONDS_MAX = 20
+EVENTUALLY_S = 5.0
 
 Json = dict[str, Any]
 
@@ -212,7 +213,9 @@ async def receive_until(
     return board
 
 
-async def eventually(condition: Callable[[], Any], *, within_s: float, what: str) -> float:
+async def eventually(
+    condition: Callable[[], Any], *, within_s: float = EVENTUALLY_S, what: str = ""
+) -> float:
     """Poll until the (perhaps async) condition holds; how many seconds that took."""
     started = time.monotonic()
     while True:
@@ -221,5 +224,6 @@ async def eventually(condition: Callable[[], Any], *, within_s: float, what: str
             holds = await holds
         if holds:
             return time.monotonic() - started
-        assert time.monotonic() - started < within_s, f"not within {within_s} s: {what}"
+        if time.monotonic() - started > within_s:
+            raise AssertionError(f"not within {within_s} s: {what or condition}")
         await asyncio.sleep(0.02)

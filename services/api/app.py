@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from contextlib import AsyncExitStack
 
 import structlog
@@ -25,7 +26,7 @@ from services.api.writes import Writes
 from shared.leaderboard import Leaderboard
 from shared.log import configure_logging
 from shared.operations import operations_routes
-from shared.server import http_server
+from shared.server import HttpServer, listen
 from shared.settings import SettingsError, exit_with
 from shared.token import TokenVerifier
 
@@ -46,14 +47,15 @@ def main() -> None:
     try:
         settings = ApiSettings.from_environ()
         configure_logging(service="scoreboard-api", level=settings.log_level)
-        uvloop.run(serve(settings))
+        door = listen("PORT", settings.host, settings.port)
+        uvloop.run(serve(settings, door))
     except (SettingsError, SchemaError) as error:
         exit_with(error)
 
 
-async def serve(settings: ApiSettings) -> None:
+async def serve(settings: ApiSettings, door: socket.socket) -> None:
     """
-    Connect everything, serve, and let go of it in reverse order.
+    Connect everything, serve on ``door``, and let go of it in reverse order.
 
     Raises:
         SchemaError: If a shard is not as this version needs it.
@@ -90,7 +92,7 @@ async def serve(settings: ApiSettings) -> None:
                 score_increment_max=settings.score_increment_max,
             ),
         )
-        server = http_server(app, host=settings.host, port=settings.port, grace_s=GRACE_S)
+        server = HttpServer(app, grace_s=GRACE_S)
         loop = asyncio.get_running_loop()
         for ending in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(ending, server.handle_exit, ending, None)
@@ -100,7 +102,7 @@ async def serve(settings: ApiSettings) -> None:
             if verifier.key_set is not None:
                 background.append(tasks.create_task(verifier.key_set.follow()))
             log.info("api.started", host=settings.host, port=settings.port)
-            await server.serve()
+            await server.serve([door])
             await writes.drain()
             await announcements.drain()
             for task in background:

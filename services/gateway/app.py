@@ -1,17 +1,14 @@
 """One gateway process, from its settings to its end. The only module that creates things."""
 
 import asyncio
-import contextlib
 import logging
-import os
 import resource
 import signal
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any
 
 import structlog
-import uvicorn
 import uvloop
 from picows import ws_create_server
 from redis.asyncio import Redis
@@ -26,6 +23,7 @@ from services.gateway.handshake import Handshake
 from services.gateway.settings import GatewaySettings
 from shared.log import configure_logging
 from shared.operations import operations_routes
+from shared.server import BACKLOG, HttpServer, listen
 from shared.settings import SettingsError, exit_with
 from shared.token import TokenVerifier
 
@@ -53,9 +51,6 @@ SEND_BUFFER_BYTES = 16 * 1024
 """The kernel's, a connection. Holds the largest board (10 names of 255 characters) and some twenty
 usual ones; by default it grows to megabytes, where boards would grow old unseen."""
 
-BACKLOG = 1024
-"""Connections that may wait to be accepted while a broadcast is under way."""
-
 FILES_RESERVED = 1000
 """Beside the clients: handshakes in flight, Redis, operations. They must never run out: out of
 files, aiofastnet 1.2 fails in its own error handling and spins."""
@@ -70,24 +65,15 @@ def main() -> None:
     """Run until a signal; what cannot start ends with one sentence and status 1."""
     try:
         settings = GatewaySettings.from_environ()
+        configure_logging(service="scoreboard-gateway", level=settings.log_level)
+        door = listen("PORT", settings.host, settings.port)
+        operations = listen("OPERATIONS_PORT", settings.host, settings.operations_port)
     except SettingsError as error:
         exit_with(error)
-    configure_logging(service="scoreboard-gateway", level=settings.log_level)
     logging.getLogger("picows").addFilter(_ours_to_mend)
-    door = _bind("PORT", settings.host, settings.port)
     door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # accept() inherits it
-    operations = _bind("OPERATIONS_PORT", settings.host, settings.operations_port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings, door, operations))
-
-
-def _bind(name: str, host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
-        exit_with(SettingsError(f"{name}: cannot listen on {host}:{port}: {reason}."))
 
 
 def _ours_to_mend(record: logging.LogRecord) -> bool:
@@ -105,14 +91,6 @@ def _connections_max(wanted: int) -> int:
     if allowed < needed:
         log.warning("connections.limited", wanted=wanted, open_files_max=hard)
     return min(wanted, max(allowed - FILES_RESERVED, allowed // 2))
-
-
-class OperationsServer(uvicorn.Server):
-    """Uvicorn beside another server: it is stopped by ``should_exit``, not by signals."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def serve(settings: GatewaySettings, door: socket.socket, operations: socket.socket) -> None:
@@ -155,15 +133,8 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
     signals = _signals()
     async with redis, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(job) for job in jobs]
-        inside = OperationsServer(
-            uvicorn.Config(
-                Starlette(routes=operations_routes(readiness)),
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=OPERATIONS_SHUTDOWN_S,
-            )
+        inside = HttpServer(
+            Starlette(routes=operations_routes(readiness)), grace_s=OPERATIONS_SHUTDOWN_S
         )
         tasks.create_task(inside.serve([operations]))
         server = await ws_create_server(

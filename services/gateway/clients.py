@@ -26,8 +26,9 @@ PING_EVERY_S = 20.0
 """Between pings, and how long a pong may take. Proxies drop what is silent for 60 s."""
 
 STALL_MAX_S = 10.0
-"""How long a client may take nothing. Proxy and kernel hold a hundred boards before it is noticed
-here, so it has been away for much longer, and reconnecting shows it the newest board at once."""
+"""How long a client may take nothing. Behind Nginx that is noticed only when Nginx's buffers are
+full (250 boards with `sndbuf=32k` on its `listen`, 5,500 without), so it has been away for much
+longer, and reconnecting shows it the newest board at once."""
 
 CLOSE_TIMEOUT_S = 3.0
 """How long a client may take to answer a close before it is cut off."""
@@ -151,7 +152,7 @@ class Client(WSListener):
             self._control_second, self._control_frames = second, 0
         self._control_frames += 1
         if self._control_frames > CONTROL_FRAMES_PER_S:
-            self.close(Close.RECEIVE_ONLY, "receive-only")
+            self.close(Close.RECEIVE_ONLY, "too many pings")
             return
         self._heard = True
         # A client that takes nothing would make us keep its pongs.
@@ -167,14 +168,15 @@ class Client(WSListener):
     def resume_writing(self) -> None:
         self.paused_at = None
         self._clients.stalled -= 1
+        self._heard = True  # taking what was sent is as good as a pong
         metrics.FRAMES_SENT.inc(self.show())
 
     def show(self) -> bool:
         """Send the newest board, unless the client has it or cannot take it now."""
         newest = self._clients.newest
-        if self.shown is newest or self._close_by is not None:
+        if newest is None or newest is self.shown:
             return False
-        if newest is None or self.paused_at is not None:
+        if self._close_by is not None or self.paused_at is not None:
             return False
         self.shown = newest
         self._transport.send_reuse_external_bytearray(WSMsgType.TEXT, newest, FRAME_OFFSET)
@@ -313,7 +315,7 @@ class Clients:
         while closed < len(clients):
             elapsed = self.now() - start
             until = len(clients) if elapsed >= window_s else int(len(clients) * elapsed / window_s)
-            for client in clients[closed:until]:
+            for client in self._open.intersection(clients[closed:until]):
                 client.close(Close.RESTART, "restart")
             closed = until
             if closed < len(clients):

@@ -68,7 +68,9 @@ class Feed:
             except REDIS_FAILURES as error:
                 if self.subscribed:
                     log.warning("feed.subscription_lost", error=str(error))
-                self.subscribed = False
+            except Exception:  # a defect; but the end of this task would end every connection
+                log.exception("feed.subscription_failed")
+            self.subscribed = False
             await asyncio.sleep(random.uniform(*RESUBSCRIBE_AFTER_S))  # noqa: S311
 
     async def _listen(self) -> None:
@@ -112,6 +114,8 @@ class Feed:
                 if not failing:
                     log.warning("feed.redis_unavailable", error=str(error))
                 failing = True
+            except Exception:  # as above
+                log.exception("feed.comparison_failed")
             with suppress(TimeoutError):
                 async with asyncio.timeout(COMPARE_EVERY_S):
                     await self._in_doubt.wait()

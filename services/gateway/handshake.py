@@ -42,7 +42,6 @@ KEY_BYTES = 16
 """Of a ``Sec-WebSocket-Key``, decoded."""
 
 UPGRADE_REQUIRED = error_body("Upgrade required")
-BAD_REQUEST = error_body("Bad request")
 INTERNAL_ERROR = error_body("Internal server error")
 
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
@@ -123,18 +122,18 @@ def presented_token(query: bytes, request: WSUpgradeRequest) -> str:
 def _require_upgrade(request: WSUpgradeRequest) -> None:
     connection = {option.lower() for option in _elements(request, "Connection")}
     upgrade = {protocol.lower() for protocol in _elements(request, "Upgrade")}
-    wanted = {"Upgrade": "websocket"}
-    if "upgrade" not in connection or "websocket" not in upgrade:
-        raise Refused(HTTPStatus.UPGRADE_REQUIRED, UPGRADE_REQUIRED, wanted)
-    if request.headers.getall("Sec-WebSocket-Version", ()) != [VERSION]:
-        wanted["Sec-WebSocket-Version"] = VERSION
-        raise Refused(HTTPStatus.UPGRADE_REQUIRED, UPGRADE_REQUIRED, wanted)
     try:
         key = b64decode(request.headers.get("Sec-WebSocket-Key", ""), validate=True)
     except ValueError:
         key = b""
-    if len(key) != KEY_BYTES:
-        raise Refused(HTTPStatus.BAD_REQUEST, BAD_REQUEST)
+    if (
+        "upgrade" not in connection
+        or "websocket" not in upgrade
+        or request.headers.getall("Sec-WebSocket-Version", ()) != [VERSION]
+        or len(key) != KEY_BYTES
+    ):
+        wanted = {"Upgrade": "websocket", "Sec-WebSocket-Version": VERSION}
+        raise Refused(HTTPStatus.UPGRADE_REQUIRED, UPGRADE_REQUIRED, wanted)
 
 
 def _elements(request: WSUpgradeRequest, header: str) -> Iterator[str]:

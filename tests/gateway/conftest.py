@@ -6,7 +6,8 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from tests.gateway.harness import Gateway, Scores, Valkey, running_gateway
+from tests.gateway.harness import Gateway, Scores, running_gateway
+from tests.valkey import Valkey
 
 
 @pytest_asyncio.fixture(scope="session")

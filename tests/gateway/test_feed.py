@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from tests.gateway.harness import (
-    Gateway,
-    Scores,
-    Valkey,
-    eventually,
-    next_score,
-    running_gateway,
-)
+from tests.cluster import eventually
+from tests.gateway.harness import Gateway, Scores, next_score, running_gateway
 from tests.openapi import check_refusal
 from tests.proxies import Proxy, proxy_to
+from tests.valkey import Valkey
 
 HEALED_WITHIN_S = 2.0
 

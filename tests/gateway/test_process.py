@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
+from tests.cluster import eventually
 from tests.gateway.harness import (
     SECRET,
     UPGRADE,
     Gateway,
     Scores,
-    Valkey,
     closed,
-    eventually,
     next_score,
     running_gateway,
     token,
 )
+from tests.valkey import Valkey
 
 CLIENTS = 120
 """Enough that a drain at the least pace takes a second."""
