@@ -3,10 +3,12 @@
 import asyncio
 import os
 import re
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any
 
 from services.scoreboard.home import (
@@ -33,6 +35,9 @@ template's keepalive_min_timeout (3 s) its clients keep their connections. Then 
 
 REPLICA_STOP_SECONDS = DRAIN_SECONDS + 10.0
 """SIGTERM to exit, before SIGKILL: the drain and the last requests, each bounded to 2 s."""
+
+FILES_MAX = 65536
+"""A WebSocket takes one in its gateway and two in Nginx; many systems give 1024 unless asked."""
 
 ORPHANS_SECONDS_MAX, ORPHANS_POLL_S = 30.0, 0.1
 """A shard's last checkpoint is the slowest end of a server."""
@@ -81,6 +86,7 @@ class Cluster:
         Raises:
             ClusterError: If it does not come up. Nothing is left running then.
         """
+        _raise_file_limit()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._asked_to_stop.set)
@@ -300,8 +306,18 @@ class Cluster:
         self._changed()
 
     def _changed(self) -> None:
-        self._home.write_state(self._state)
+        # On a full disk the servers matter more than what is said of them.
+        with suppress(OSError):
+            self._home.write_state(self._state)
         self._shown(self._state)
+
+
+def _raise_file_limit() -> None:
+    """Let the servers, which inherit it, open as many files as the system allows, within reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def _wait_for(orphans: set[int]) -> None:

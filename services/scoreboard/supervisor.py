@@ -215,7 +215,7 @@ class Supervised:
                     **self._program.identity.arguments(self._program.parent_death),
                 )
         except (OSError, subprocess.SubprocessError) as error:
-            with _append(log_path) as log:
+            with suppress(OSError), _append(log_path) as log:
                 log.write(f"{self._program.argv[0]} cannot be started: {error}\n".encode())
             return None
         self._process = process
@@ -249,7 +249,8 @@ class Supervised:
     async def _kill(self, process: asyncio.subprocess.Process) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        await asyncio.wait_for(process.wait(), KILL_SECONDS_MAX)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), KILL_SECONDS_MAX)
 
     def _show(self, state: str) -> None:
         self.state.state = state  # type: ignore[assignment]
