@@ -61,13 +61,18 @@ class TokenSettings(Settings):
         "HS256", description="one of HS256, RS256, ES256"
     )
     jwt_secret: Annotated[str, StringConstraints(min_length=SECRET_BYTES_MIN)] | None = Field(
-        None, repr=False, description=f"a secret of at least {SECRET_BYTES_MIN} bytes"
+        None, repr=False, description=f"a secret of at least {SECRET_BYTES_MIN} bytes (HS256)"
     )
     jwt_public_key: str | None = Field(
-        None, pattern="^-----BEGIN ", repr=False, description="a public key in PEM form"
+        None,
+        pattern="^-----BEGIN ",
+        repr=False,
+        description="a public key in PEM form (RS256, ES256)",
     )
     jwt_jwks_url: str | None = Field(
-        None, pattern="^https?://", description="the http(s) URL of a JSON Web Key Set"
+        None,
+        pattern="^https?://",
+        description="the http(s) URL of a JSON Web Key Set (RS256, ES256)",
     )
     jwt_audience: str | None = Field(
         None, min_length=1, description="the audience a token must name"

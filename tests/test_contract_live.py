@@ -69,6 +69,19 @@ async def test_without_one_valid_token_there_is_no_handshake(cluster: Cluster) -
         assert response.body == b'{"status":"error","message":"Unauthorized"}'
 
 
+async def test_a_request_that_is_no_handshake(cluster: Cluster, client: Client) -> None:
+    """Is refused in the contract's shape as well."""
+    bearer = {"Authorization": f"Bearer {cluster.token('watcher')}"}
+    posted = await client.request("POST", "/scores/live", headers=bearer, content=b"{}")
+    plain = await client.request("GET", "/scores/live", headers=bearer)
+    with_body = await client.request("GET", "/scores/live", content=b"{}")
+
+    assert (posted.status, posted.headers["Allow"]) == (405, "GET")
+    assert posted.json == {"status": "error", "message": "Method not allowed"}
+    assert (plain.status, plain.headers["Upgrade"]) == (426, "websocket")
+    assert (with_body.status, with_body.json["message"]) == (401, "Unauthorized")
+
+
 @pytest.mark.parametrize("message", ["hello", b"hello"])
 async def test_a_client_may_not_send(cluster: Cluster, message: str | bytes) -> None:
     """Receive-only: the connection ends with 1008."""

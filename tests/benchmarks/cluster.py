@@ -4,6 +4,7 @@ Starts a cluster of its own in a temporary home. Repeat with `make bench`.
 """
 
 import asyncio
+import random
 import statistics
 import tempfile
 import time
@@ -14,12 +15,13 @@ from pathlib import Path
 import asyncpg
 import websockets
 
-from services.api.shards import Shards
+from services.api.shards import Operation, Shards
 from tests.cluster import Client, Cluster
 
 ROUNDS = 300
 """Of one POST and one upsert in turn."""
 
+COMMITS_S = 2.0
 CLIENTS = 200
 BOARDS = 50
 
@@ -79,6 +81,24 @@ async def updates(cluster: Cluster) -> None:
     print(f"ratio                 {ratio:.2f}")
 
 
+async def commits(cluster: Cluster) -> None:
+    """What a commit costs by how many increments are in it, on one connection."""
+    async with Shards.connect(cluster.shard_urls) as shards:
+        await shards.refresh_owners()
+        names = (f"commit-{number}" for number in range(10_000))
+        users = [user for user in names if shards.shard_of(user) == 0][:2000]
+        for size in (1, 10, 100, 500):
+            began, rounds = time.perf_counter(), 0
+            while (spent := time.perf_counter() - began) < COMMITS_S:
+                rounds += 1
+                batch = random.sample(users, size)
+                await shards.record(0, [Operation(user, f"{size}-{rounds}", 1) for user in batch])
+            print(
+                f"{size:>3} in a commit       {rounds * size / spent:7.0f} increments/s,"
+                f" {spent / rounds * 1e3:.2f} ms each"
+            )
+
+
 async def boards(cluster: Cluster) -> None:
     """From the 200 to the first and the last client."""
     first, last = [], []
@@ -119,6 +139,7 @@ async def main(folder: str) -> None:
     cluster.up()
     try:
         await updates(cluster)
+        await commits(cluster)
         await boards(cluster)
     finally:
         cluster.down()
