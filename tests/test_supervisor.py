@@ -108,3 +108,19 @@ async def test_without_a_replica_the_answer_is_to_come_back(fresh: Cluster) -> N
         assert answer.headers["Retry-After"] == "1"
         assert await eventually(lambda: fresh.process("api-0")["state"] == "ready")
         assert (await client.post("alice", 1)).json["newScore"] == 1
+
+
+async def test_without_an_answer_nobody_says_that_nothing_was_done(fresh: Cluster) -> None:
+    """500, not 503: the frozen API may have written; the client's key settles it."""
+    fresh.up(api=1, gateway=1, shards=1)
+    frozen = fresh.process("api-0")["pid"]
+    async with fresh.client() as client:
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            answer = await client.post("alice", 1, key="late")
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        assert answer.status == 500
+        assert answer.json["message"] == "Internal server error after retries"
+        assert (await client.post("alice", 1, key="late")).json["newScore"] == 1
+        assert (await client.post("alice", 1)).json["newScore"] == 2
