@@ -53,7 +53,7 @@ class Announcements:
             await self._batches.submit(score)
         except (Overloaded, *REDIS_FAILURES, *DATABASE_FAILURES) as error:
             metrics.ANNOUNCED.labels("failed").inc()
-            log.warning("leaderboard.not_announced", error=repr(error))
+            log.debug("leaderboard.not_announced", error=repr(error))
             self._rebuild_now.set()
         else:
             metrics.ANNOUNCED.labels("sent").inc()

@@ -104,7 +104,7 @@ class Quota:
             return await self._batches.submit(client)
         except REDIS_FAILURES as error:
             metrics.QUOTA_FALLBACKS.labels(self.name).inc()
-            log.warning("quota.unavailable", quota=self.name, error=repr(error))
+            log.debug("quota.unavailable", quota=self.name, error=repr(error))
             return await self._fallback(client)
 
     async def _spend(self, clients: Sequence[str]) -> list[Allowance | Exception]:

@@ -58,7 +58,7 @@ class Top:
         try:
             board = await self._leaderboard.read()
         except REDIS_FAILURES as error:
-            log.warning("leaderboard.unavailable", error=repr(error))
+            log.debug("leaderboard.unavailable", error=repr(error))
             board = None
         if board is not None:
             metrics.TOP_READS.labels("redis").inc()
