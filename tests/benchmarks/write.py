@@ -398,6 +398,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="the medians of these count")
     parser.add_argument("--no-overload", action="store_true", help="leave the open loop out")
     options = parser.parse_args()
+    source = os.environ.get("YARDSTICK")
+    if source and not Path(source, "api.js").is_file():
+        raise SystemExit(f"YARDSTICK is {source}, where there is no api.js.")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     with ExitStack() as stack:
@@ -412,7 +415,7 @@ def main() -> None:
         updates = requests(cluster)
         api = Http(cluster.port, ours, updates)
         contenders: dict[str, Contender] = {"ours": api}
-        if source := os.environ.get("YARDSTICK"):
+        if source:
             print("Installing the Node.js API…", flush=True)
             work = folder / "yardstick"
             work.mkdir()
