@@ -72,7 +72,9 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("command", ["up", "down", "status", "scale", "logs", "token", "migrate"])
+@pytest.mark.parametrize(
+    "command", ["up", "down", "status", "scale", "logs", "token", "migrate", "audit"]
+)
 def test_help_shows_an_example(command: str) -> None:
     """The help of each subcommand shows how it is called."""
     text = scoreboard(command, "--help").stdout
@@ -234,6 +236,16 @@ def test_migrate_refuses_what_is_no_shard() -> None:
     said = refusal("migrate", SHARD_URLS=url)
     assert said.startswith("A shard cannot be migrated: ")
     assert "hidden" not in said
+
+
+def test_audit_refuses_what_is_no_shard(tmp_path: Path) -> None:
+    """As `migrate` does; without a cluster and without SHARD_URLS it says what is missing."""
+    assert refusal("audit", SHARD_URLS="x").startswith("SHARD_URLS must be comma-separated URLs")
+    url = f"postgresql://user:hidden@127.0.0.1:{free_port()}/none"
+    said = refusal("audit", SHARD_URLS=url)
+    assert said.startswith("A shard cannot be audited: ")
+    assert "hidden" not in said
+    assert refusal("audit", "--home", str(tmp_path)).startswith("No cluster runs in ")
 
 
 LOCAL = {

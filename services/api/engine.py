@@ -1,5 +1,7 @@
 """A pool of connections to one shard, whose sessions are durable, in UTC, and give up in time."""
 
+from importlib.resources import files
+
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -13,6 +15,11 @@ LOCK_TIMEOUT_S = 0.5
 STATEMENT_TIMEOUT_S = 1.0
 """What a statement of a request may take before it counts as failed; on both sides of the
 connection, so that a statement nobody waits for any more ends as well."""
+
+
+def sql(name: str) -> str:
+    """The statement in that file of the folder ``sql``."""
+    return files("services.api").joinpath("sql", name).read_text(encoding="utf-8")
 
 
 def open_engine(url: str, *, statement_timeout_s: float) -> AsyncEngine:

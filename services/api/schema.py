@@ -14,13 +14,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.api.engine import open_engine
 from services.api.partition import PARTITIONS
 
-TABLES = ("user_scores", "score_ops")
+TABLES = ("user_scores", "score_ops", "score_ops_pruned")
+"""What is partitioned. A user's rows of all three are on one shard, and move together."""
 
 STATEMENT_TIMEOUT_S = 60.0
 """Of one step of a migration, or of waiting for another run."""
 
 MIGRATION_LOCK = 5_072_611_364
 """Key of the advisory lock that lets one migration run at a time; any number will do."""
+
+PRUNE_LOCK = 5_072_611_365
+"""Key of the advisory lock on each shard under which a partition is pruned. Whoever moves one takes
+it first: operations that vanish between two looks would spoil the copy."""
 
 _OWNED = text(
     """

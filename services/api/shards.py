@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from importlib.resources import files
 from typing import Any, Self
 
 import asyncpg
@@ -20,22 +19,19 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.api import schema
-from services.api.engine import STATEMENT_TIMEOUT_S, open_engine
+from services.api.engine import STATEMENT_TIMEOUT_S, open_engine, sql
 from services.api.partition import PARTITIONS, partition_of
 from shared.board import BOARD_SIZE, Score, best
 
 log = structlog.get_logger()
 
 
-def _sql(name: str) -> str:
-    return files("services.api").joinpath("sql", name).read_text(encoding="utf-8")
-
-
-_RECORD = _sql("record.sql")
-_RECORDED = _sql("recorded.sql")
-_TOP = _sql("top.sql")
-_SCORES = _sql("scores.sql")
-_SPENT = _sql("spent.sql")
+_RECORD = sql("record.sql")
+_RECORDED = sql("recorded.sql")
+_TOP = sql("top.sql")
+_SCORES = sql("scores.sql")
+_SPENT = sql("spent.sql")
+_UPKEEP = sql("upkeep.sql")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +84,21 @@ class Spent:
     count: int
     oldest_s: float
     newest_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """How a shard's last audit and last pruning ended; NaN where there was none.
+
+    Attributes:
+        audited_at: Unix seconds.
+        differences: Users whose score was not the sum of their operations.
+        oldest_operation_at: Unix seconds, of the operations that were left.
+    """
+
+    audited_at: float
+    differences: float
+    oldest_operation_at: float
 
 
 class NoOwner(Exception):
@@ -340,6 +351,12 @@ class Shards:
         async with self._driver(self.shard_of(user_id)) as driver:
             row = await driver.fetchrow(_SPENT, user_id, window_s)
         return Spent(count=row["count"], oldest_s=row["oldest_s"], newest_s=row["newest_s"])
+
+    async def upkeep(self, shard: int) -> Upkeep:
+        """What the shard says of its last audit and pruning."""
+        async with self._driver(shard) as driver:
+            row = await driver.fetchrow(_UPKEEP)
+        return Upkeep(**row)
 
     @asynccontextmanager
     async def _driver(self, shard: int) -> AsyncIterator[Any]:

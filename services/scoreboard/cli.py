@@ -6,14 +6,13 @@ uses.
 
 import asyncio
 import os
-import re
 import secrets
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,8 +42,6 @@ GREETING_TOKEN_SECONDS = 3600
 
 SHARD_VARIABLES = ("SHARD_URLS", "SHARD_URLS_FILE")
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 @contextmanager
 def _sentences() -> Iterator[None]:
@@ -64,10 +61,12 @@ class Ttl(click.ParamType[int]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """Read one."""
-        match = re.fullmatch(r"([1-9]\d{0,8})([smhd])", str(value))
-        if match is None:
-            self.fail(f"{value} is not a number with s, m, h or d, such as 90s or 1h.", param, ctx)
-        return int(match[1]) * UNITS[match[2]]
+        from shared.settings import seconds
+
+        try:
+            return seconds(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 home_option = click.option(
@@ -402,18 +401,74 @@ def migrate(home_path: Path) -> None:
 
     from services.api.schema import SchemaError
     from services.api.schema import migrate as migrate_shards
-    from services.api.settings import ShardSettings
-    from shared.settings import SettingsError
 
-    home = Home(home_path)
-    environ = {name: os.environ[name] for name in SHARD_VARIABLES if name in os.environ}
     with _sentences():
-        if not environ:
-            _running(home)
-            environ = {"SHARD_URLS_FILE": str(home.secrets / "shard_urls")}
+        shard_urls = _shard_urls(Home(home_path))
         try:
-            asyncio.run(migrate_shards(ShardSettings.from_environ(environ).shard_urls))
-        except (SettingsError, SchemaError) as error:
+            asyncio.run(migrate_shards(shard_urls))
+        except SchemaError as error:
             raise ClusterError(str(error)) from None
         except (OSError, SQLAlchemyError) as error:
             raise ClusterError(f"A shard cannot be migrated: {error}") from None
+
+
+@main.command()
+@home_option
+def audit(home_path: Path) -> None:
+    """Check that every score is the sum of its operations; exit code 1 if one is not.
+
+    Each user who differs is named, with shard, score and sum. It may run at any time, under load
+    too. Each shard keeps its result, and every API replica's /metrics shows it.
+
+    The shards are those of SHARD_URLS or SHARD_URLS_FILE; without them, the running cluster's.
+
+    \b
+      scoreboard audit
+      scoreboard audit --home /tmp/board > differences.txt
+      SHARD_URLS_FILE=/run/secrets/shard_urls scoreboard audit
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from services.api.audit import audit as audit_shards
+    from services.api.partition import PARTITIONS
+    from services.api.schema import SchemaError
+    from services.scoreboard.progress import Steps
+
+    with _sentences():
+        shard_urls = _shard_urls(Home(home_path))
+        began = time.monotonic()
+        try:
+            with Steps("audit", "partitions", PARTITIONS) as steps:
+                findings = asyncio.run(audit_shards(shard_urls, steps.advance))
+        except SchemaError as error:
+            raise ClusterError(str(error)) from None
+        except (OSError, SQLAlchemyError) as error:
+            raise ClusterError(f"A shard cannot be audited: {error}") from None
+        for one in findings.differences:
+            score = "no score" if one.score is None else f"score {one.score}"
+            # repr(): a user id may hold anything but NUL, also what would move the cursor.
+            click.echo(f"{one.user_id!r} on shard {one.shard}: {score}, operations {one.total}")
+        if findings.differences:
+            raise ClusterError(
+                f"{len(findings.differences)} of {findings.users} users differ from the sum of "
+                "their operations."
+            )
+    click.echo(
+        f"Clean: every score of {findings.users} users is the sum of its operations "
+        f"({time.monotonic() - began:.1f} s)."
+    )
+
+
+def _shard_urls(home: Home) -> Sequence[str]:
+    """The shards that the environment names, or else those of the running cluster."""
+    from services.api.settings import ShardSettings
+    from shared.settings import SettingsError
+
+    environ = {name: os.environ[name] for name in SHARD_VARIABLES if name in os.environ}
+    if not environ:
+        _running(home)
+        environ = {"SHARD_URLS_FILE": str(home.secrets / "shard_urls")}
+    try:
+        return ShardSettings.from_environ(environ).shard_urls
+    except SettingsError as error:
+        raise ClusterError(str(error)) from None

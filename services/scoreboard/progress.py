@@ -13,7 +13,11 @@ import click
 from services.scoreboard.home import ProcessState, State
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
     from rich.table import Table
+
+LINES_OF_STEPS = 8
+"""Where there is no terminal for a bar: enough to see that it goes on, and how fast."""
 
 LOG_POLL_S = 0.2
 
@@ -83,6 +87,56 @@ class Progress:
             news, elapsed = self._news.get(process.name, ("waiting", ""))
             table.add_row(process.name, news, elapsed, style=STYLES.get(process.state, "cyan"))
         return table
+
+
+class Steps:
+    """How far something of a known length has got: a bar on a terminal, else a few lines."""
+
+    def __init__(self, name: str, unit: str, total: int) -> None:
+        self._name = name
+        self._unit = unit
+        self._total = total
+        self._done = 0
+        self._began = time.monotonic()
+        self._bar: Bar | None = None
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn(unit),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(name, total=total)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.advance(self._task)
+        elif self._done * LINES_OF_STEPS % self._total < LINES_OF_STEPS:
+            elapsed = f"{time.monotonic() - self._began:.1f} s"
+            line = f"{elapsed:>7}  {self._name:<12} {self._done} of {self._total} {self._unit}"
+            click.echo(line, err=True)
 
 
 def _news(process: ProcessState) -> str:
