@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test lint bench lock clean
+.PHONY: help up down test lint bench bench-upkeep lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ lint: .venv/ready ## Style, types and module boundaries
 
 bench: .venv/ready ## Measure a running cluster: POST latency, and 200 to last client
 	@$(BIN)/python -m tests.benchmarks.cluster
+
+bench-upkeep: .venv/ready ## Measure what writers notice of old operations being removed, and an audit
+	@$(BIN)/python -m tests.benchmarks.upkeep
 
 lock: .venv/ready ## Resolve the dependencies anew into deploy/requirements*.txt
 	$(BIN)/uv pip compile -q -U pyproject.toml --universal --python-version 3.11 --generate-hashes \
