@@ -8,8 +8,9 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import asyncpg
@@ -21,14 +22,14 @@ from services.api.writes import Writes
 from tests.benchmarks.cluster import milliseconds
 from tests.cluster import Cluster
 
-ROUNDS = 40
+ROUNDS = 10
 """Of writing while operations are removed and of writing undisturbed, in turn first."""
 
-OLD_OPERATIONS = 5_000
+OLD_OPERATIONS = 20_000
 """Removed in each round."""
 
-ALONE_S = 1.0
-"""About what the removal takes."""
+ALONE_S = 5.0
+"""About what a removal takes."""
 
 WRITERS = 8
 PAUSE_S = 0.005
@@ -98,8 +99,8 @@ async def writing_during(
 
 async def removal(cluster: Cluster, shard: asyncpg.Connection) -> None:
     """Writers beside the job, and alone."""
-    disturbed: list[float] = []
-    alone: list[float] = []
+    disturbed: list[list[float]] = [[] for _ in range(ROUNDS)]
+    alone: list[list[float]] = [[] for _ in range(ROUNDS)]
     pruning_s = 0.0
     retention = Retention(cluster.shard_urls, DAY_S)
     async with Shards.connect(cluster.shard_urls) as shards:
@@ -109,15 +110,23 @@ async def removal(cluster: Cluster, shard: asyncpg.Connection) -> None:
             await shard.execute(OLD, OLD_OPERATIONS)
             for pruning in (True, False) if number % 2 else (False, True):
                 if pruning:
-                    pruning_s += await writing_during(writes, disturbed, retention)
+                    pruning_s += await writing_during(writes, disturbed[number], retention)
                 else:
-                    await writing_during(writes, alone, None)
+                    await writing_during(writes, alone[number], None)
     removed = ROUNDS * OLD_OPERATIONS
-    p99 = [statistics.quantiles(seconds, n=100)[98] for seconds in (disturbed, alone)]
+    ratios = [p99(one) / p99(other) for one, other in zip(disturbed, alone, strict=True)]
     print(f"{removed} removed       {removed / pruning_s:.0f}/s")
-    print(f"writing meanwhile    {milliseconds(disturbed)} ({len(disturbed)} increments)")
-    print(f"writing undisturbed  {milliseconds(alone)} ({len(alone)} increments)")
-    print(f"ratio of the p99     {p99[0] / p99[1]:.2f}")
+    print(f"writing meanwhile    {milliseconds([*chain(*disturbed)])}")
+    print(f"writing undisturbed  {milliseconds([*chain(*alone)])}")
+    print(
+        f"ratio of the p99     {statistics.median(ratios):.2f} (median of {ROUNDS} rounds,"
+        f" {min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
+def p99(seconds: Sequence[float]) -> float:
+    """The 99th percentile."""
+    return statistics.quantiles(seconds, n=100)[98]
 
 
 async def audits(cluster: Cluster, shard: asyncpg.Connection) -> None:
