@@ -16,17 +16,20 @@ from services.api.partition import PARTITIONS
 
 TABLES = ("user_scores", "score_ops")
 
-STATEMENT_TIMEOUT_S = 60.0
+STEP_TIMEOUT_S = 60.0
 """Of one step of a migration, or of waiting for another run."""
 
 MIGRATION_LOCK = 5_072_611_364
 """Key of the advisory lock that lets one migration run at a time; any number will do."""
 
+# In the middle of a move one table's partition may be attached and the other's not.
 _OWNED = text(
     """
-    SELECT pg_get_expr(child.relpartbound, child.oid)
+    SELECT pg_get_expr(child.relpartbound, child.oid) AS bound
     FROM pg_inherits JOIN pg_class child ON child.oid = inhrelid
-    WHERE inhparent = 'user_scores'::regclass AND NOT inhdetachpending
+    WHERE inhparent = ANY (CAST(:parents AS regclass[])) AND NOT inhdetachpending
+    GROUP BY bound
+    HAVING count(*) = :tables
     """
 )
 
@@ -69,7 +72,9 @@ async def migrate(shard_urls: Sequence[str]) -> None:
     async with AsyncExitStack() as stack:
         shards = []
         for url in shard_urls:
-            engine = open_engine(url, statement_timeout_s=STATEMENT_TIMEOUT_S)
+            engine = open_engine(
+                url, statement_timeout_s=STEP_TIMEOUT_S, lock_timeout_s=STEP_TIMEOUT_S
+            )
             stack.push_async_callback(engine.dispose)
             shards.append(await stack.enter_async_context(engine.connect()))
         # Of the session: it ends with the connection, whatever happens. The first shard's stands
@@ -122,8 +127,9 @@ def check_placement(claims: Sequence[set[int]]) -> None:
 
 
 async def owned_partitions(shard: AsyncConnection) -> set[int]:
-    """The partitions attached on a shard, read from its catalog: the only owner map there is."""
-    bounds = (await shard.scalars(_OWNED)).all()
+    """The partitions whose every table a shard has attached, by its catalog: there is no other map."""
+    tables = {"parents": list(TABLES), "tables": len(TABLES)}
+    bounds = (await shard.scalars(_OWNED, tables)).all()
     return {int(match[1]) for bound in bounds if (match := _REMAINDER.search(bound))}
 
 
