@@ -38,7 +38,7 @@ from services.api.shards import (
 ATTEMPTS_MAX = 4
 """The first try and three retries: the contract's number."""
 
-DEADLINE_S = 2.5
+DEADLINE_S = 3.0
 """For one batch, retries included: four statements that time out, and the waits between them.
 With the queue before it and the announcement after it, still under the 5 s that Nginx waits."""
 
