@@ -54,6 +54,7 @@ def test_a_minted_token_says_who_and_until_when() -> None:
         pytest.param({"sub": "a", "exp": str(LATER)}, id="expiry as text"),
         pytest.param({"sub": "a", "exp": [LATER]}, id="expiry as list"),
         pytest.param({"sub": "a", "exp": float("inf")}, id="endless"),
+        pytest.param({"sub": "a", "exp": 10**400}, id="a number that no float holds"),
         pytest.param({"sub": "a", "exp": True}, id="expiry as boolean"),
         pytest.param({"sub": "a", "exp": LATER, "nbf": LATER - 1}, id="not yet"),
         pytest.param({"sub": 1, "exp": LATER}, id="subject as number"),
@@ -151,3 +152,39 @@ def test_audience_and_issuer_are_checked_where_configured() -> None:
     ):
         with pytest.raises(Unauthorized):
             strict.verify(wrong)
+
+
+def test_a_believed_token_is_not_believed_after_it_expires() -> None:
+    """Also where it was verified a moment before."""
+    checker = verifier(JWT_SECRET=SECRET)
+    token = mint(SECRET, "alice", 1)
+    assert checker.verify(token).subject == "alice"
+    with pytest.raises(Unauthorized):
+        while True:
+            checker.verify(token)
+
+    assert time.time() >= expiry_of(token)
+
+
+def expiry_of(token: str) -> float:
+    """The time in the token."""
+    expiry: float = jwt.decode(token, options={"verify_signature": False})["exp"]
+    return expiry
+
+
+def test_a_token_is_not_kept_in_memory() -> None:
+    """Only its digest is."""
+    checker = verifier(JWT_SECRET=SECRET)
+    token = mint(SECRET, "alice", 60)
+    checker.verify(token)
+
+    assert token not in repr(vars(checker))
+
+
+def test_a_token_that_differs_in_its_signature_is_another() -> None:
+    """What is remembered of one is not believed of the other."""
+    checker = verifier(JWT_SECRET=SECRET)
+    token = mint(SECRET, "alice", 60)
+    checker.verify(token)
+    with pytest.raises(Unauthorized):
+        checker.verify(token[:-4] + ("AAAA" if token[-4:] != "AAAA" else "BBBB"))

@@ -52,6 +52,11 @@ def main() -> None:
         uvloop.run(serve(settings, door))
     except (SettingsError, SchemaError) as error:
         exit_with(error)
+    except ExceptionGroup as failures:
+        wrong_schema = failures.subgroup(SchemaError)
+        if wrong_schema is None:
+            raise
+        exit_with(wrong_schema.exceptions[0])
 
 
 async def serve(settings: ApiSettings, door: socket.socket) -> None:
@@ -102,6 +107,7 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(announcements.keep_true()),
+                tasks.create_task(shards.keep_complete()),
                 tasks.create_task(retention.keep_pruned()),
                 tasks.create_task(export(shards)),
             ]

@@ -14,6 +14,9 @@ from services.api.partition import PARTITIONS
 STATEMENT_TIMEOUT_S = 300.0
 """For one partition: a 256th of all operations is read and sorted by user."""
 
+LOCK_TIMEOUT_S = 10.0
+"""For a partition that vacuum shortens or that is being moved. Nobody waits for the audit."""
+
 _AUDIT = sql("audit.sql")
 _REPORT = "UPDATE upkeep SET audited_at = LOCALTIMESTAMP, users = $1, differences = $2"
 
@@ -63,7 +66,9 @@ async def audit(shard_urls: Sequence[str], advanced: Callable[[], None]) -> Find
     async with AsyncExitStack() as stack:
         shards = []
         for url in shard_urls:
-            engine = open_engine(url, statement_timeout_s=STATEMENT_TIMEOUT_S)
+            engine = open_engine(
+                url, statement_timeout_s=STATEMENT_TIMEOUT_S, lock_timeout_s=LOCK_TIMEOUT_S
+            )
             stack.push_async_callback(engine.dispose)
             shard = await stack.enter_async_context(engine.connect())
             # A snapshot a statement, and none kept: the audit does not hold vacuum up.

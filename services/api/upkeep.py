@@ -98,7 +98,11 @@ class Retention:
             How many were removed; None if somebody else is at it, or has been.
         """
         # An engine of its own: the connections of requests are few, and a pass may take minutes.
-        engine = open_engine(self._urls[shard], statement_timeout_s=STATEMENT_TIMEOUT_S)
+        engine = open_engine(
+            self._urls[shard],
+            statement_timeout_s=STATEMENT_TIMEOUT_S,
+            lock_timeout_s=STATEMENT_TIMEOUT_S,
+        )
         try:
             async with engine.connect() as connection:
                 await connection.execution_options(isolation_level="AUTOCOMMIT")

@@ -399,8 +399,8 @@ def migrate(home_path: Path) -> None:
     """
     from sqlalchemy.exc import SQLAlchemyError
 
+    from services.api.migration import migrate as migrate_shards
     from services.api.schema import SchemaError
-    from services.api.schema import migrate as migrate_shards
 
     with _sentences():
         shard_urls = _shard_urls(Home(home_path))
