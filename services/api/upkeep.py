@@ -27,8 +27,8 @@ BATCH_ROWS = 200
 STRETCH_BLOCKS = 128
 """Of 8 KB, looked at by one statement: a millisecond where there is nothing to remove."""
 
-REST = 4.0
-"""After each statement, as many times what it took: the job has at most a fifth of one session's
+REST = 9.0
+"""After each statement, as many times what it took: the job has at most a tenth of one session's
 time."""
 
 STATEMENT_TIMEOUT_S = 10.0

@@ -28,7 +28,7 @@ ROUNDS = 10
 OLD_OPERATIONS = 20_000
 """Removed in each round."""
 
-ALONE_S = 5.0
+ALONE_S = 10.0
 """About what a removal takes."""
 
 WRITERS = 8
