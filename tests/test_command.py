@@ -46,15 +46,16 @@ def refusal(*words: str, **variables: str) -> str:
 
 
 def left_running(home: Path) -> list[str]:
-    """Command lines of processes that name the home."""
+    """Command lines of processes that name the home there, in their environment or as their place."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            line, environ = [(process / name).read_bytes() for name in ("cmdline", "environ")]
+            place = str((process / "cwd").readlink())
         except OSError:
             continue
-        if str(home) in line:
-            found.append(line)
+        if os.fsencode(home) in line + environ or place.startswith(str(home)):
+            found.append(line.replace(b"\0", b" ").decode(errors="replace"))
     return found
 
 

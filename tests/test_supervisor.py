@@ -3,11 +3,18 @@
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
+from typing import IO
 
-from tests.cluster import Cluster
+import pytest
+
+from services.scoreboard.home import ProcessState
+from services.scoreboard.supervisor import Program, Supervised
+from tests.cluster import COMMAND, Cluster
 from tests.test_command import left_running
 
 END_SECONDS_MAX = 10.0
@@ -15,9 +22,14 @@ END_SECONDS_MAX = 10.0
 
 async def eventually(holds: Callable[[], bool]) -> bool:
     """Whether it comes true in time."""
+    return await asyncio.to_thread(wait_until, holds)
+
+
+def wait_until(holds: Callable[[], bool]) -> bool:
+    """The same where nothing else is to be done meanwhile."""
     give_up_at = time.monotonic() + END_SECONDS_MAX
-    while not holds() and time.monotonic() < give_up_at:  # noqa: ASYNC110 - another process's doing
-        await asyncio.sleep(0.05)
+    while not holds() and time.monotonic() < give_up_at:
+        time.sleep(0.05)
     return holds()
 
 
@@ -47,6 +59,63 @@ async def test_a_killed_supervisor_leaves_nothing_behind(fresh: Cluster) -> None
         assert (await client.post("alice", 4)).json["newScore"] == 7
     fresh.down()
     assert await eventually(lambda: left_running(fresh.home) == [])
+
+
+def until(said: IO[str], words: str) -> None:
+    """Read until a line has the words."""
+    assert any(words in line for line in said), words
+
+
+def test_ctrl_c_leaves_nothing_whenever_it_comes(fresh: Cluster) -> None:
+    """During initdb, during the migration, and when all runs and nobody reads what is said."""
+    command = [COMMAND, "up", f"--home={fresh.home}", f"--port={fresh.port}", "--shards=1"]
+    for moment in ("postgres-0   creating", "migrate      starting", "nginx        ready"):
+        with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as up:
+            assert up.stdout
+            assert up.stderr
+            until(up.stderr, moment)
+            if moment.startswith("nginx"):
+                until(up.stdout, "Stop it with")
+                up.stdout.close()
+                up.stderr.close()
+                fresh.kill("api-0")
+                assert wait_until(lambda: fresh.process("api-0")["restarts"] == 1)
+                assert wait_until(lambda: fresh.process("api-0")["state"] == "ready")
+            up.send_signal(signal.SIGINT)
+            if not up.stdout.closed:
+                assert up.stdout.read() == f"Stopped. The data stays in {fresh.home}\n"
+                assert up.wait(END_SECONDS_MAX) == 0
+        assert left_running(fresh.home) == []
+        assert not fresh.status()["running"]
+    assert (fresh.home / "postgres-0" / "PG_VERSION").exists()
+
+
+async def test_a_defect_costs_a_life_not_the_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody foresaw is reported, and the process started anew."""
+    defects = [KeyError("unforeseen")]
+
+    async def ready(_pid: int) -> bool:
+        if defects:
+            raise defects.pop()
+        return True
+
+    state = ProcessState(name="sleeper", log=str(tmp_path / "sleeper.log"))
+    program = Program(
+        argv=["/bin/sleep", "60"],
+        environ={},
+        ready=ready,
+        stop=((signal.SIGTERM, END_SECONDS_MAX),),
+        parent_death=signal.SIGKILL,
+    )
+    sleeper = Supervised(program, state, lambda: None)
+    try:
+        await sleeper.start()
+        assert (state.state, state.restarts) == ("ready", 1)
+    finally:
+        await sleeper.stop()
+    assert "KeyError: 'unforeseen'" in caplog.text
 
 
 def test_no_secret_is_shown(cluster: Cluster) -> None:

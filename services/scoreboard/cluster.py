@@ -105,8 +105,10 @@ class Cluster:
             self._state.error = str(error)
             raise
         finally:
-            self._phase("stopping")
-            await self._stop()
+            try:
+                self._phase("stopping")
+            finally:
+                await self._stop()
             for reserved in self._ports.values():
                 reserved.release()
             self._phase("stopped")
@@ -306,10 +308,11 @@ class Cluster:
         self._changed()
 
     def _changed(self) -> None:
-        # On a full disk the servers matter more than what is said of them.
+        # On a full disk, or where nobody reads, the servers matter more than what is said of them.
         with suppress(OSError):
             self._home.write_state(self._state)
-        self._shown(self._state)
+        with suppress(OSError):
+            self._shown(self._state)
 
 
 def _raise_file_limit() -> None:

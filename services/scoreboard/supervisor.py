@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -38,6 +39,8 @@ KILL_SECONDS_MAX = 5.0
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWUSER = 0x10000000
 _libc = ctypes.CDLL(None, use_errno=True)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,15 @@ class Supervised:
     async def _keep(self) -> None:
         deaths = 0
         while True:
-            ready_at = await self._live_once()
+            try:
+                ready_at = await self._live_once()
+            except Exception:
+                # It ends this life, not the watch: without one a later death would go unseen.
+                logger.exception("%s is started anew, because of a defect here", self.state.name)
+                ready_at = None
+                if self._process is not None:
+                    await self._kill(self._process)
+                    self._process = self.state.pid = None
             if ready_at is not None and time.monotonic() - ready_at > STEADY_S:
                 deaths = 0
             deaths += 1
