@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from services.scoreboard.home import Home, State
+from services.scoreboard.home import Home, State, born
 from services.scoreboard.servers import Binaries
 
 COMMAND_SECONDS_MAX = 60.0
@@ -174,14 +174,46 @@ def test_a_second_up_says_that_it_runs_already(tmp_path: Path) -> None:
     """`up` where a supervisor holds the lock names its address and how to stop it."""
     home = Home(tmp_path)
     home.create()
-    home.write_state(State(pid=4321, port=1234, url="http://127.0.0.1:1234/", secrets_dir=""))
+    state = State(pid=os.getpid(), port=1234, url="http://127.0.0.1:1234/", secrets_dir="")
+    state.born = born(state.pid)
+    home.write_state(state)
     with (home.run / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for words in (("up",), ("up", "--detach")):
             assert refusal(*words, "--home", str(tmp_path)) == (
-                f"A cluster already runs in {tmp_path} at http://127.0.0.1:1234/ (pid 4321). "
+                f"A cluster already runs in {tmp_path} at http://127.0.0.1:1234/ (pid {os.getpid()}). "
                 "Stop it with: scoreboard down"
             )
+
+
+@pytest.mark.parametrize("command", [("down",), ("scale", "api=3")])
+def test_a_supervisor_that_has_said_nothing_is_waited_for(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What the one before it left behind names a pid that is somebody else's by now."""
+    home = Home(tmp_path)
+    home.create()
+    with subprocess.Popen(["/bin/sleep", "60"]) as stranger:
+        home.write_state(State(pid=stranger.pid, born="1", port=1, url="", secrets_dir=""))
+        with (home.run / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            said = refusal(*command, "--home", str(tmp_path))
+        assert said == f"A cluster is about to start or stop in {tmp_path}; try again."
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a home of another user")
+@pytest.mark.parametrize("command", [("up",), ("up", "--detach"), ("scale", "api=3")])
+def test_root_keeps_out_of_a_home_of_another_user(command: tuple[str, ...], tmp_path: Path) -> None:
+    """What root writes there its owner could not read."""
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 12345, 12345)
+    assert refusal(*command, "--home", str(home)) == (
+        f"--home {home} belongs to uid 12345: run this as that user, or choose another."
+    )
+    assert list(home.iterdir()) == []
 
 
 def test_the_state_of_a_dead_supervisor_is_not_believed(tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ async def test_a_killed_supervisor_leaves_nothing_behind(fresh: Cluster) -> None
     assert await eventually(lambda: not any(map(alive, servers)))
     async with fresh.client() as client:
         assert (await client.post("alice", 4)).json["newScore"] == 7
+    servers = pids(fresh)
+    os.kill(fresh.status()["pid"], signal.SIGKILL)
     fresh.down()
+    assert not any(map(alive, servers))
     assert await eventually(lambda: left_running(fresh.home) == [])
 
 

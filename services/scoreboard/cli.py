@@ -20,12 +20,15 @@ from pathlib import Path
 import click
 
 from services.scoreboard.home import (
+    ORPHANS_POLL_S,
+    ORPHANS_SECONDS_MAX,
     REPLICAS_MAX,
     SHARDS_MAX,
     ClusterError,
     Home,
     State,
     last_line,
+    still_running,
 )
 
 DEFAULT_HOME = ".scoreboard"
@@ -48,11 +51,16 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """End with the one sentence of a :class:`ClusterError`, and exit code 1."""
+    """End with the one sentence of a :class:`ClusterError`, or the system's, and exit code 1."""
     try:
         yield
     except ClusterError as error:
         raise click.ClickException(str(error)) from None
+    except BrokenPipeError:
+        raise  # click knows what to do: nobody reads.
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise click.ClickException(f"{error.strerror or error}{where}") from None
 
 
 class Ttl(click.ParamType[int]):
@@ -219,6 +227,17 @@ def _greet(state: State, home_path: Path) -> None:
     click.echo(greeting(state, token, shlex.quote(str(command)), option))
 
 
+def _signal(home: Home, state: State, number: signal.Signals) -> None:
+    try:
+        os.kill(state.pid, number)
+    except ProcessLookupError:
+        pass  # It has just ended, which whoever waits for it will see.
+    except PermissionError:
+        raise ClusterError(
+            f"The cluster in {home.path} belongs to another user (pid {state.pid})."
+        ) from None
+
+
 def _running(home: Home) -> State:
     state = home.running()
     if state is None:
@@ -243,14 +262,15 @@ def down(home_path: Path) -> None:
     with _sentences():
         state = home.running()
         if state is None:
+            orphans = home.orphans()
+            give_up_at = time.monotonic() + ORPHANS_SECONDS_MAX
+            while any(orphan.alive() for orphan in orphans):
+                if time.monotonic() > give_up_at:
+                    raise still_running(orphans)
+                time.sleep(ORPHANS_POLL_S)
             click.echo(f"No cluster runs in {home.path}.")
             return
-        try:
-            os.kill(state.pid, signal.SIGTERM)
-        except PermissionError:
-            raise ClusterError(
-                f"The cluster in {home.path} belongs to another user (pid {state.pid})."
-            ) from None
+        _signal(home, state, signal.SIGTERM)
         give_up_at = time.monotonic() + STOP_SECONDS_MAX
         with Progress(known=state) as progress:
             while (now := home.running()) is not None:
@@ -314,6 +334,7 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
     home = Home(home_path)
     with _sentences():
         wanted = parse_counts(counts)
+        home.check_owner()
         state = _running(home)
         if state.phase != "ready":
             raise ClusterError(f"The cluster is {state.phase}; wait until it is ready.")
@@ -322,7 +343,7 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
             fcntl.flock(turn, fcntl.LOCK_EX)
             wish = secrets.token_hex(8)
             home.write_wish({"id": wish, **wanted})
-            os.kill(state.pid, signal.SIGUSR1)
+            _signal(home, state, signal.SIGUSR1)
             give_up_at = time.monotonic() + SCALE_SECONDS_MAX
             while state.wish != wish:
                 if time.monotonic() > give_up_at:

@@ -7,18 +7,21 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from services.scoreboard.home import (
+    ORPHANS_POLL_S,
+    ORPHANS_SECONDS_MAX,
     REPLICAS_MAX,
     ClusterError,
     Home,
     ProcessState,
     State,
-    command_line,
+    born,
     last_line,
+    still_running,
 )
 from services.scoreboard.servers import Binaries, Nginx, Postgres, http_status, valkey, valkey_url
 from services.scoreboard.supervisor import Identity, Port, Program, Supervised, run_once
@@ -38,9 +41,6 @@ REPLICA_STOP_SECONDS = DRAIN_SECONDS + 10.0
 
 FILES_MAX = 65536
 """A WebSocket takes one in its gateway and two in Nginx; many systems give 1024 unless asked."""
-
-ORPHANS_SECONDS_MAX, ORPHANS_POLL_S = 30.0, 0.1
-"""A shard's last checkpoint is the slowest end of a server."""
 
 SERVICE_VARIABLES = (
     "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "JWT_SECRET",
@@ -67,6 +67,7 @@ class Cluster:
         self._shown = shown
         self._state = State(
             pid=os.getpid(),
+            born=born(os.getpid()),
             port=port,
             url=f"http://127.0.0.1:{port}/",
             secrets_dir=str(home.secrets),
@@ -100,8 +101,8 @@ class Cluster:
                 await self._unless_stopped(self._wished.wait())
                 if self._wished.is_set():
                     self._wished.clear()
-                    await self._unless_stopped(self._grant(self._home.wish()))
-        except ClusterError as error:
+                    await self._unless_stopped(self._grant())
+        except (ClusterError, OSError) as error:
             self._state.error = str(error)
             raise
         finally:
@@ -152,7 +153,7 @@ class Cluster:
             self._replicas[service] = [self._replica(service, index) for index in range(count)]
         nginx_log = self._home.log / "nginx.log"
         self._edge = Nginx(binaries.nginx, self._home, edge, nginx_log)
-        self._edge.render(self._ports_of("api"), self._ports_of("gateway"))
+        self._edge.render(_ports(self._replicas["api"]), _ports(self._replicas["gateway"]))
         self._nginx.append(self._supervised("nginx", self._edge.program(), edge))
 
         await self._create_shards(postgres)
@@ -183,12 +184,13 @@ class Cluster:
         state.state = "done"
         self._changed()
 
-    async def _grant(self, wish: Mapping[str, str | int]) -> None:
+    async def _grant(self) -> None:
+        wish = self._home.wish()
         if not wish:
             return
         try:
             await self._scale({name: int(wish[name]) for name in self._replicas if name in wish})
-        except ClusterError as error:
+        except (ClusterError, OSError) as error:
             self._state.wish_error = str(error)
         else:
             self._state.wish_error = None
@@ -200,30 +202,39 @@ class Cluster:
         Run that many replicas of each service, failing no request on the way.
 
         New ones are ready before Nginx hears of them; old ones end only after no worker of Nginx
-        knows them any more.
+        knows them any more. All of it, or nothing changes.
         """
-        added, removed = [], []
+        before = self._replicas
+        added, removed, after = [], [], before.copy()
         for service, count in counts.items():
-            replicas = self._replicas[service]
-            removed += replicas[count:]
-            added += [self._replica(service, index) for index in range(len(replicas), count)]
+            kept = before[service][:count]
+            removed += before[service][count:]
+            new = [self._replica(service, index) for index in range(len(kept), count)]
+            added += new
+            after[service] = kept + new
         if not added and not removed:
             return
         try:
             await _all(*(replica.start() for replica in added))
+            await self._route(after)
         except BaseException:
+            # Nginx may yet have heard of the new ones.
+            with suppress(OSError):
+                self._edge.render(_ports(before["api"]), _ports(before["gateway"]))
+                self._nginx[0].signal(signal.SIGHUP)
             await self._end(added)
             raise
-        for service, replicas in self._replicas.items():
-            replicas += [one for one in added if one.state.name.startswith(f"{service}-")]
-            self._replicas[service] = [one for one in replicas if one not in removed]
+        self._replicas = after
         try:
-            self._edge.render(self._ports_of("api"), self._ports_of("gateway"))
-            await self._edge.reload(lambda: self._nginx[0].signal(signal.SIGHUP))
             if removed:
                 await asyncio.sleep(OLD_WORKERS_SECONDS)
         finally:
             await self._end(removed)
+
+    async def _route(self, replicas: Mapping[str, list[Supervised]]) -> None:
+        """Make Nginx send requests to these and no others."""
+        self._edge.render(_ports(replicas["api"]), _ports(replicas["gateway"]))
+        await self._edge.reload(self._nginx[0])
 
     async def _end(self, replicas: list[Supervised]) -> None:
         """Stop them and forget them."""
@@ -283,9 +294,6 @@ class Cluster:
         self._state.processes.append(state)
         return state
 
-    def _ports_of(self, service: str) -> list[int]:
-        return [replica.state.port for replica in self._replicas[service] if replica.state.port]
-
     def _port(self) -> int:
         port = Port()
         self._ports[port.number] = port
@@ -315,6 +323,10 @@ class Cluster:
             self._shown(self._state)
 
 
+def _ports(replicas: Sequence[Supervised]) -> list[int]:
+    return [replica.state.port for replica in replicas if replica.state.port]
+
+
 def _raise_file_limit() -> None:
     """Let the servers, which inherit it, open as many files as the system allows, within reason."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -323,10 +335,12 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-async def _wait_for(orphans: set[int]) -> None:
+async def _wait_for(orphans: Sequence[ProcessState]) -> None:
     """Let the servers of a killed supervisor give back their port and data directories."""
     give_up_at = time.monotonic() + ORPHANS_SECONDS_MAX
-    while any(map(command_line, orphans)) and time.monotonic() < give_up_at:  # noqa: ASYNC110
+    while any(orphan.alive() for orphan in orphans):
+        if time.monotonic() > give_up_at:
+            raise still_running(orphans)
         await asyncio.sleep(ORPHANS_POLL_S)
 
 

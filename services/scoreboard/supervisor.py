@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from services.scoreboard.home import ClusterError, ProcessState, last_line
+from services.scoreboard.home import ClusterError, ProcessState, born, last_line
 
 READY_SECONDS_MAX = 60.0
 """From the first start to ready; crash recovery of a large shard is the slowest of them."""
@@ -85,6 +85,7 @@ class Program:
         ready: Whether the process of that pid can serve; may raise OSError for no.
         stop: The signals that end it, each with the seconds it gets; SIGKILL follows.
         parent_death: What it gets when the supervisor itself is killed.
+        cwd: Where it runs.
     """
 
     argv: Sequence[str]
@@ -93,6 +94,7 @@ class Program:
     stop: Sequence[tuple[signal.Signals, float]]
     parent_death: signal.Signals
     identity: Identity = field(default_factory=Identity)
+    cwd: Path = Path("/")
 
 
 class Port:
@@ -222,7 +224,7 @@ class Supervised:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    cwd="/",
+                    cwd=self._program.cwd,
                     **self._program.identity.arguments(self._program.parent_death),
                 )
         except (OSError, subprocess.SubprocessError) as error:
@@ -230,7 +232,8 @@ class Supervised:
                 log.write(f"{self._program.argv[0]} cannot be started: {error}\n".encode())
             return None
         self._process = process
-        self.state.pid, self.state.started_at = process.pid, time.time()
+        self.state.pid, self.state.born = process.pid, born(process.pid)
+        self.state.started_at = time.time()
         self._changed()
         ready_at: float | None = None
         death = asyncio.create_task(process.wait())
