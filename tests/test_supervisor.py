@@ -70,10 +70,15 @@ def until(said: IO[str], words: str) -> None:
 
 
 def test_ctrl_c_leaves_nothing_whenever_it_comes(fresh: Cluster) -> None:
-    """During initdb, during the migration, and when all runs and nobody reads what is said."""
-    command = [COMMAND, "up", f"--home={fresh.home}", f"--port={fresh.port}", "--shards=1"]
+    """During initdb, during the migration, and when all runs and nobody reads what is said.
+
+    Under nohup it does not end with its terminal.
+    """
+    up_command = [COMMAND, "up", f"--home={fresh.home}", f"--port={fresh.port}", "--shards=1"]
     for moment in ("postgres-0   creating", "migrate      starting", "nginx        ready"):
-        with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as up:
+        with subprocess.Popen(
+            ["/usr/bin/env", "nohup", *up_command], stdout=PIPE, stderr=PIPE, text=True
+        ) as up:
             assert up.stdout
             assert up.stderr
             until(up.stderr, moment)
@@ -81,6 +86,7 @@ def test_ctrl_c_leaves_nothing_whenever_it_comes(fresh: Cluster) -> None:
                 until(up.stdout, "Stop it with")
                 up.stdout.close()
                 up.stderr.close()
+                up.send_signal(signal.SIGHUP)
                 fresh.kill("api-0")
                 assert wait_until(lambda: fresh.process("api-0")["restarts"] == 1)
                 assert wait_until(lambda: fresh.process("api-0")["state"] == "ready")
@@ -138,7 +144,7 @@ def test_no_secret_is_shown(cluster: Cluster) -> None:
 
 
 def test_a_wish_that_cannot_be_granted_changes_nothing(fresh: Cluster) -> None:
-    """`scale` whose new replica does not start says why, and the old ones go on."""
+    """`scale` says why, where a replica does not start or Nginx cannot be told; all go on."""
     fresh.up(api=1, gateway=1, shards=1)
     before = pids(fresh)
     secret = fresh.home / "secrets" / "jwt_secret"
@@ -150,6 +156,20 @@ def test_a_wish_that_cannot_be_granted_changes_nothing(fresh: Cluster) -> None:
     assert done.stderr.splitlines()[-1].startswith(
         "Error: api-1 died 3 times at start: JWT_SECRET must be "
     )
+    assert pids(fresh) == before
+
+    # Whoever rotates its log does not matter to it.
+    (fresh.home / "log" / "nginx.log").unlink()
+    assert fresh.command("scale", "api=2").returncode == 0
+    before = pids(fresh)
+    blocked = fresh.home / "run" / "nginx" / f".scoreboard.conf.{fresh.status()['pid']}"
+    blocked.mkdir()
+    done = fresh.command("scale", "api=1")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1,
+        f"Error: [Errno 21] Is a directory: '{blocked}'",
+    )
+    assert fresh.names("api-") == ["api-0", "api-1"]
     assert pids(fresh) == before
 
 

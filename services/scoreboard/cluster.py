@@ -43,9 +43,12 @@ FILES_MAX = 65536
 """A WebSocket takes one in its gateway and two in Nginx; many systems give 1024 unless asked."""
 
 SERVICE_VARIABLES = (
-    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "JWT_SECRET",
+    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "DRAIN_SECONDS",
 )  # fmt: skip
 """Set for each service here; the user's own, and their ``*_FILE`` twins, are for another cluster."""
+
+TOKEN_VARIABLES = "JWT_"  # noqa: S105 - a prefix
+"""Of those too: `scoreboard token` signs with the home's secret and names no audience."""
 
 
 class Cluster:
@@ -90,7 +93,9 @@ class Cluster:
         _raise_file_limit()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._asked_to_stop.set)
+            # nohup ignores SIGHUP for us.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                loop.add_signal_handler(number, self._asked_to_stop.set)
         loop.add_signal_handler(signal.SIGUSR1, self._wished.set)
         orphans = self._home.orphans()
         self._changed()
@@ -138,6 +143,8 @@ class Cluster:
         self._home.write_secret("shard_urls", ",".join(map(postgres.url, shard_ports)))
         self._home.write_secret("redis_url", valkey_url(self._home, valkey_port))
         self._home.secret("jwt_secret")
+        self._check_settings()
+        self._home.rotate_logs()
 
         for shard, port in enumerate(shard_ports):
             self._shards.append(
@@ -164,6 +171,18 @@ class Cluster:
             *(server.start() for server in self._nginx),
         )
         self._phase("ready")
+
+    def _check_settings(self) -> None:
+        # Here, because nothing else of the command needs them: they take a while.
+        from services.api.settings import ApiSettings
+        from services.gateway.settings import GatewaySettings
+        from shared.settings import SettingsError
+
+        try:
+            for settings in (ApiSettings, GatewaySettings):
+                settings.from_environ(self._environ())
+        except SettingsError as error:
+            raise ClusterError(str(error)) from None
 
     async def _create_shards(self, postgres: Postgres) -> None:
         for server in self._shards[self._home.shards() :]:
@@ -277,7 +296,12 @@ class Cluster:
     def _environ(self) -> dict[str, str]:
         """The user's settings for the services, with this cluster's addresses and secrets."""
         ours = {name for base in SERVICE_VARIABLES for name in (base, f"{base}_FILE")}
-        return {name: value for name, value in os.environ.items() if name not in ours} | {
+        users = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ours and not name.startswith(TOKEN_VARIABLES)
+        }
+        return users | {
             "HOST": "127.0.0.1",
             "SHARD_URLS_FILE": str(self._home.secrets / "shard_urls"),
             "REDIS_URL_FILE": str(self._home.secrets / "redis_url"),
@@ -361,10 +385,10 @@ def shard_count(home: Home, wanted: int | None) -> int:
     How many shards to start: those wanted, else those the home has, else two.
 
     Raises:
-        ClusterError: If the home's data lives on more.
+        ClusterError: If the home's data lives on another number.
     """
     there = home.shards()
-    if wanted is not None and wanted < there:
+    if there and wanted not in (None, there):
         raise ClusterError(
             f"The data in {home.path} lives on {there} shards, so it cannot be served by "
             f"{wanted}: leave --shards out, or choose another --home."

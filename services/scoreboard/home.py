@@ -3,7 +3,8 @@
 postgres-0, postgres-1, …   one data directory a shard
 valkey                      the append-only file
 secrets                     0700; every file 0600
-log                         NAME.log of this run, NAME.log.1 of the one before
+log                         NAME.log of this run, NAME.log.1 of the one before; one that fails
+                            before it starts anything is no run
 run                         lock, state.json, wish.json, the rendered Nginx configuration
 """
 
@@ -12,7 +13,10 @@ import json
 import os
 import pwd
 import secrets
+import shlex
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -109,6 +113,7 @@ class Home:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.log = self.path / "log"
+        self.first_words = self.log / "supervisor.new"
         self.run = self.path / "run"
         self.secrets = self.path / "secrets"
 
@@ -214,7 +219,7 @@ class Home:
         """The sentence for whoever starts a second one."""
         state = self.state()
         where = f" at {state.url} (pid {state.pid})" if state else ""
-        return f"A cluster already runs in {self.path}{where}. Stop it with: scoreboard down"
+        return f"A cluster already runs in {self.path}{where}. Stop it with: {command('down')}"
 
     def state(self) -> State | None:
         """The last state written, by a supervisor that may be gone."""
@@ -245,14 +250,24 @@ class Home:
             return wish
         return {}
 
-    def rotate_logs(self, *, keep: str) -> None:
-        """Put the last run's logs aside, all but that of ``keep``, which is this run's already."""
+    def rotate_logs(self) -> None:
+        """Put the last run's logs aside; what a detached supervisor has said so far begins anew."""
         for old in self.log.glob("*.log.1"):
-            if old.name != f"{keep}.log.1":
-                old.unlink()
+            old.unlink()
         for path in self.log.glob("*.log"):
-            if path.stem != keep:
-                path.replace(path.with_suffix(".log.1"))
+            path.replace(path.with_suffix(".log.1"))
+        if self.first_words.exists():
+            self.first_words.rename(self.log / "supervisor.log")
+
+
+def command(name: str) -> str:
+    """A subcommand, to be typed as this one was: it is seldom on PATH."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py" or shutil.which(called.name) == str(called):
+        return f"scoreboard {name}"
+    if called.is_absolute() and called.is_relative_to(Path.cwd()):
+        called = called.relative_to(Path.cwd())
+    return f"{shlex.quote(str(called))} {name}"
 
 
 def born(pid: int) -> str:
@@ -308,7 +323,12 @@ def last_line(log: Path) -> str:
     with suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LAST_LINE_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-        errors = [line for line in lines if any(word in line for word in ("FATAL", "[emerg]"))]
+        errors = [
+            line
+            for line in lines
+            # Valkey's is only a heading.
+            if any(word in line for word in ("FATAL", "[emerg]")) and not line.startswith("***")
+        ]
         return next((line for line in reversed(errors or lines) if line), "it wrote nothing")
     return "it wrote nothing"
 
