@@ -51,6 +51,11 @@ def main() -> None:
         uvloop.run(serve(settings, door))
     except (SettingsError, SchemaError) as error:
         exit_with(error)
+    except ExceptionGroup as failures:
+        wrong_schema = failures.subgroup(SchemaError)
+        if wrong_schema is None:
+            raise
+        exit_with(wrong_schema.exceptions[0])
 
 
 async def serve(settings: ApiSettings, door: socket.socket) -> None:
@@ -98,7 +103,10 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
             loop.add_signal_handler(ending, server.handle_exit, ending, None)
         # A background task that fails takes the replica down with it: better than half a replica.
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(announcements.keep_true())]
+            background = [
+                tasks.create_task(announcements.keep_true()),
+                tasks.create_task(shards.keep_complete()),
+            ]
             if verifier.key_set is not None:
                 background.append(tasks.create_task(verifier.key_set.follow()))
             log.info("api.started", host=settings.host, port=settings.port)

@@ -32,6 +32,9 @@ from shared.token import Claims, TokenVerifier, Unauthorized
 BODY_BYTES_MAX = 4096
 """The longest honest body is a user id of 255 characters, at most 12 bytes each as an escape."""
 
+SERVER_ERROR = 500
+"""From this status on it is our fault."""
+
 TOP_FRESH_S = 1
 """For how long a cache may show the board: the specification's CDN, at most a second behind."""
 
@@ -91,8 +94,8 @@ async def update_score(request: Request) -> Response:
         raise Refused(400, "Invalid score increment")
     if outcome is Refusal.KEY_REUSED:
         raise Refused(409, "Idempotency key reused")
-    if outcome.latest is not None:
-        await api.announcements.announce(outcome.latest)
+    # Also of a replay: its first answer may have been lost before the board had it.
+    await api.announcements.announce(outcome.latest)
     return _json(b'{"status":"success","message":"Score updated","newScore":%d}' % outcome.score)
 
 
@@ -113,7 +116,8 @@ async def top_scores(request: Request) -> Response:
         "ETag": etag,
         "Cache-Control": f"public, max-age={TOP_FRESH_S}, s-maxage={TOP_FRESH_S}",
     }
-    if etag in request.headers.get("if-none-match", ""):
+    known = request.headers.get("if-none-match", "")
+    if etag in known or known.strip() == "*":
         return Response(status_code=304, headers=headers)
     return _json(body, headers)
 
@@ -152,7 +156,7 @@ async def _read_submission(request: Request) -> Submission | Refused:
 
 async def _spend(request: Request, quota: Quota, client: str) -> None:
     try:
-        allowance = await quota.spend(client)
+        allowance = await quota.spend(client, request.state.request_id)
     except Overloaded:
         raise _overloaded() from None
     except (NoOwner, *DATABASE_FAILURES):  # Redis is away, and the shard could not count it.
@@ -183,8 +187,10 @@ _MESSAGES = {404: "Not found", 405: "Method not allowed"}
 """Of the statuses that Starlette itself answers with."""
 
 
-async def refuse(_request: Request, error: Exception) -> Response:
-    """The one place where a refusal becomes an answer."""
+async def refuse(request: Request, error: Exception) -> Response:
+    """The one place where a refusal becomes an answer; ours is logged, with the request's id."""
     assert isinstance(error, HTTPException)  # noqa: S101
+    say = log.warning if error.status_code >= SERVER_ERROR else log.debug
+    say("request.refused", path=request.url.path, status=error.status_code, error=error.detail)
     message = _MESSAGES.get(error.status_code, error.detail)
     return _json(error_body(message), error.headers, error.status_code)

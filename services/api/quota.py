@@ -31,7 +31,10 @@ BATCH_MAX = 500
 QUEUE_MAX = 10_000
 """Checks waiting for Redis; the one past that is refused as overload."""
 
-PATIENCE_S = 1.0
+PATIENCE_S = 0.5
+
+ID_LENGTH = 16
+"""Of a request's id: 64 bits tell a client's requests of one window apart, in half the memory."""
 
 log = structlog.get_logger()
 
@@ -89,30 +92,30 @@ class Quota:
         self._fallback = fallback
         self._script = files("services.api").joinpath("quota.lua").read_text(encoding="utf-8")
         self._sha = hashlib.sha1(self._script.encode(), usedforsecurity=False).hexdigest()
-        self._batches = Batches[str, Allowance](
+        self._batches = Batches[tuple[str, str], Allowance](
             self._spend, batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
         )
 
-    async def spend(self, client: str) -> Allowance:
+    async def spend(self, client: str, request_id: str) -> Allowance:
         """
-        Count one request of the client, if it is allowed.
+        Count one request of the client, if it is allowed; the same request counts once.
 
         Raises:
             Overloaded: If too many wait to be counted.
         """
         try:
-            return await self._batches.submit(client)
+            return await self._batches.submit((client, request_id[:ID_LENGTH]))
         except REDIS_FAILURES as error:
             metrics.QUOTA_FALLBACKS.labels(self.name).inc()
             log.debug("quota.unavailable", quota=self.name, error=repr(error))
             return await self._fallback(client)
 
-    async def _spend(self, clients: Sequence[str]) -> list[Allowance | Exception]:
+    async def _spend(self, requests: Sequence[tuple[str, str]]) -> list[Allowance | Exception]:
         try:
-            answers = await self._run(clients)
+            answers = await self._run(requests)
         except NoScriptError:  # Redis has restarted: nothing of the pipeline was done.
             await self._redis.script_load(self._script)
-            answers = await self._run(clients)
+            answers = await self._run(requests)
         return [
             allowance(
                 self._rate,
@@ -124,16 +127,17 @@ class Quota:
             for allowed, remaining, whole_in_ms, retry_in_ms in answers
         ]
 
-    async def _run(self, clients: Sequence[str]) -> list[Any]:
+    async def _run(self, requests: Sequence[tuple[str, str]]) -> list[Any]:
         # Not redis-py's Script: in a pipeline it asks whether the script exists, every time.
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for client in clients:
+            for client, request_id in requests:
                 pipeline.evalsha(
                     self._sha,
                     1,
                     self._rate.key_for(self.name, client),
                     self._rate.amount,
                     self._rate.get_expiry() * 1000,
+                    request_id,
                 )
             return await pipeline.execute()
 

@@ -20,9 +20,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.api import schema
-from services.api.engine import STATEMENT_TIMEOUT_S, open_engine
+from services.api.engine import open_engine
 from services.api.partition import PARTITIONS, partition_of
 from shared.board import BOARD_SIZE, Score, best
+
+CHECK_PERIOD_S = 1.0
+"""Between two looks for a shard that was away when the replica started."""
 
 log = structlog.get_logger()
 
@@ -52,12 +55,14 @@ class Recorded:
     """The increment is committed.
 
     Attributes:
+        delta: What was added.
         score: The user's score right after it; on a replay, as the first time.
-        latest: The user's score after the whole batch; None on a replay.
+        latest: The user's score by now.
     """
 
+    delta: int
     score: int
-    latest: Score | None
+    latest: Score
 
 
 class Refusal(Enum):
@@ -72,7 +77,12 @@ class Moved:
     """The increment was not added: its partition is not on this shard any more."""
 
 
-Outcome = Recorded | Refusal | Moved
+@dataclass(frozen=True, slots=True)
+class Contended:
+    """The increment was not added: somebody else holds the user's row for longer than that."""
+
+
+Outcome = Recorded | Refusal | Moved | Contended
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +150,7 @@ class Shards:
 
     def __init__(self, engines: Sequence[AsyncEngine]) -> None:
         self._engines = engines
+        self._unchecked = set(range(len(engines)))
         self._owner: dict[int, int] = {}
         self._owner_lock = asyncio.Lock()
         self._owners_read_at = 0.0
@@ -151,7 +162,7 @@ class Shards:
         async with AsyncExitStack() as stack:
             engines = []
             for url in urls:
-                engine = open_engine(url, statement_timeout_s=STATEMENT_TIMEOUT_S)
+                engine = open_engine(url)
                 stack.push_async_callback(engine.dispose)
                 engines.append(engine)
             yield cls(engines)
@@ -185,20 +196,28 @@ class Shards:
 
     async def check(self) -> None:
         """
-        Read the owner map, and check that reachable shards have this version's schema.
+        Read the owner map, and check that shards not yet heard of have this version's schema.
 
         Raises:
             SchemaError: If one has not. A shard that is away is no error: the others serve.
         """
-        for number, engine in enumerate(self._engines):
+        for number in sorted(self._unchecked):
             try:
-                async with engine.connect() as connection:
+                async with self._engines[number].connect() as connection:
                     await schema.check(connection, f"Shard {number}")
             except DATABASE_FAILURES as error:
                 if not is_transient(error):
                     raise
                 log.warning("shard.away", shard=number, error=repr(error))
+            else:
+                self._unchecked.discard(number)
         await self.refresh_owners()
+
+    async def keep_complete(self) -> None:
+        """Check the shards that were away at the start once they are there, then end."""
+        while self._unchecked or not self.is_complete:
+            await asyncio.sleep(CHECK_PERIOD_S)
+            await self.check()
 
     async def refresh_owners(self) -> None:
         """Read anew from every reachable shard which partitions it owns; who waits shares one read."""
@@ -252,13 +271,7 @@ class Shards:
             return await self._record_unknown(shard, operations)
         except asyncpg.CheckViolationError:
             return await self._record_owned(shard, operations)
-        recorded = {
-            (row["user_id"], row["op_id"]): Recorded(
-                score=row["score"],
-                latest=Score(row["user_id"], row["latest"], row["reached_us"]),
-            )
-            for row in rows
-        }
+        recorded = {(row["user_id"], row["op_id"]): _recorded(row) for row in rows}
         outcomes: list[Outcome] = []
         for operation in operations:
             outcome = recorded.get((operation.user_id, operation.op_id))
@@ -288,7 +301,7 @@ class Shards:
         return [
             next(fresh)
             if (row := known.get((operation.user_id, operation.op_id))) is None
-            else Recorded(score=row["score"], latest=None)
+            else _recorded(row)
             if row["delta"] == operation.delta
             else Refusal.KEY_REUSED
             for operation in operations
@@ -302,8 +315,8 @@ class Shards:
             for operation in operations
             if self._owner.get(partition_of(operation.user_id)) == shard
         ]
-        if len(owned) == len(operations):  # Detached and attached again in between.
-            return await self.record(shard, operations)
+        if len(owned) == len(operations):  # Attached again in between, or not in every table.
+            return [Moved()] * len(operations)
         kept = iter(await self.record(shard, owned) if owned else [])
         return [
             next(kept) if self._owner.get(partition_of(operation.user_id)) == shard else Moved()
@@ -354,6 +367,11 @@ class Shards:
                 driver = (await connection.get_raw_connection()).driver_connection
             try:
                 yield driver
-            except (OSError, TimeoutError, asyncpg.InterfaceError):
+            except (OSError, TimeoutError, asyncpg.InterfaceError, asyncio.CancelledError):
                 await connection.invalidate()
                 raise
+
+
+def _recorded(row: Mapping[str, Any]) -> Recorded:
+    latest = Score(row["user_id"], row["latest"], row["reached_us"])
+    return Recorded(delta=row["delta"], score=row["score"], latest=latest)

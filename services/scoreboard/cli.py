@@ -428,8 +428,8 @@ def migrate(home_path: Path) -> None:
     """
     from sqlalchemy.exc import SQLAlchemyError
 
+    from services.api.migration import migrate as migrate_shards
     from services.api.schema import SchemaError
-    from services.api.schema import migrate as migrate_shards
     from services.api.settings import ShardSettings
     from shared.settings import SettingsError
 
