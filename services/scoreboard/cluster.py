@@ -235,6 +235,10 @@ class Cluster:
             return
         try:
             await _all(*(replica.start() for replica in added))
+        except BaseException:
+            await self._end(added)
+            raise
+        try:
             await self._route(after)
         except BaseException:
             # Nginx may yet have heard of the new ones.
