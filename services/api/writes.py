@@ -159,8 +159,11 @@ class Writes:
         except DATABASE_FAILURES as error:
             metrics.WRITE_FAILURES.labels(shard).inc(len(operations))
             log.error("write.failed", shard=shard, operations=len(operations), error=repr(error))
-            # Who holds a row for long is no reason to leave the shard alone.
-            if is_transient(error) and not isinstance(error, asyncpg.LockNotAvailableError):
+            # It is not the shard that is away where somebody holds a row for long, or where this
+            # replica has been frozen itself: then far more than the deadline is over.
+            was_frozen = time.perf_counter() - started > DEADLINE_S + REST_S
+            is_locked = isinstance(error, asyncpg.LockNotAvailableError)
+            if is_transient(error) and not is_locked and not was_frozen:
                 self._resting_until[shard] = time.monotonic() + REST_S
                 self._trying_until.pop(shard, None)
             if is_transient(error) or len(operations) == 1:
