@@ -5,7 +5,7 @@ BIN := .venv/bin
 PORT := 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test lint bench bench-upkeep lock clean
+.PHONY: help up down test test-chaos lint bench bench-upkeep lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ down: ## Stop the cluster; the data stays in .scoreboard
 
 test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (no Docker needed)
 	@$(BIN)/pytest
+
+test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk (6 minutes)
+	@$(BIN)/pytest -m chaos -s
 
 lint: .venv/ready ## Style, types and module boundaries
 	$(BIN)/ruff check .

@@ -93,11 +93,28 @@ async def test_what_is_said_of_the_rest_is_true(redis: Redis) -> None:
 
 async def test_a_restarted_redis_knows_the_script_again(redis: Redis) -> None:
     """It is loaded once more, and nobody is refused."""
-    quota = Quota("update", parse("10/hour"), redis, no_fallback)
+    rate = parse("10/hour")
+    quota = Quota("update", rate, redis, count_in_memory(rate))
     await spend(quota, "ana")
     await redis.script_flush()
 
     assert (await spend(quota, "ana")).remaining == 8
+
+
+async def test_a_redis_that_has_forgotten_is_not_believed_alone(redis: Redis) -> None:
+    """For one window, by any replica: what was counted elsewhere counts too."""
+    rate = parse("10/minute")
+    elsewhere = count_in_memory(rate)
+    replicas = [Quota("update", rate, redis, elsewhere) for _ in range(2)]
+    for replica in replicas:
+        await spend(replica, "ana")
+    for _ in range(4):
+        await elsewhere("ana")
+    await redis.flushall()
+    await redis.script_flush()
+
+    assert [(await spend(replica, "ana")).remaining for replica in replicas] == [5, 4]
+    assert 59_000 < await redis.pttl("{scoreboard}:gap:update") <= 60_000
 
 
 async def test_without_redis_updates_are_counted_from_the_operations(

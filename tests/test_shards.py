@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from services.api import migration, schema
 from services.api.partition import PARTITIONS, partition_of
-from services.api.shards import Moved, NoOwner, Operation, Recorded, Refusal, Shards
+from services.api.shards import Limit, Moved, NoOwner, Operation, Recorded, Refusal, Shards
 from services.api.submission import SCORE_MAX
 from services.api.writes import NotWritten, Writes
 from tests.cluster import Cluster, eventually
@@ -113,14 +113,39 @@ async def test_the_sum_of_the_operations_is_the_score(
 
 async def test_what_was_spent_is_counted_from_the_operations(shards: Shards, user: str) -> None:
     """For when Redis is away."""
-    (ana,) = users_on(shards, 0, user, 1)
-    assert (await shards.spent(ana, 3600)).count == 0
+    ana, ben = users_on(shards, 0, user, 2)
+    assert await shards.spent(0, [ana], 3600) == {}
     await shards.record(0, [Operation(ana, "1", 1), Operation(ana, "2", 1)])
-    spent = await shards.spent(ana, 3600)
+    spent = await shards.spent(0, [ana, ben, ana], 3600)
 
-    assert spent.count == 2
-    assert 0 <= spent.newest_s <= spent.oldest_s < 60
-    assert (await shards.spent(ana, 0)).count == 0
+    assert {user_id: one.count for user_id, one in spent.items()} == {ana: 2}
+    assert 0 <= spent[ana].newest_s <= spent[ana].oldest_s < 60
+    assert await shards.spent(0, [ana], 0) == {}
+
+
+async def test_a_limit_holds_over_concurrent_batches(
+    cluster: Cluster, shards: Shards, user: str
+) -> None:
+    """Of two replicas; a recorded operation is answered as before, and others are not limited."""
+    ana, ben = users_on(shards, 0, user, 2)
+    limit = Limit(10, 3600)
+    limited = [Operation(ana, str(number), 1, limit) for number in range(18)]
+    async with Shards.connect(cluster.shard_urls) as other:
+        await other.refresh_owners()
+        replicas = [Writes(shards), Writes(other)]
+        answers = await asyncio.gather(
+            *(replicas[number % 2].submit(one) for number, one in enumerate(limited))
+        )
+    outcomes = scores(answers)
+    assert outcomes.count(Refusal.OVER_LIMIT) == 8
+    assert sorted(one for one in outcomes if isinstance(one, int)) == list(range(1, 11))
+
+    first = next(
+        one for one, answer in zip(limited, answers, strict=True) if isinstance(answer, Recorded)
+    )
+    again = [first, Operation(ana, "new", 1, limit)]
+    mixed = await shards.record(0, [*again, Operation(ben, "1", 1, limit), Operation(ana, "x", 1)])
+    assert scores(mixed) == [outcomes[limited.index(first)], Refusal.OVER_LIMIT, 1, 11]
 
 
 async def test_the_same_operation_twice_in_a_batch(shards: Shards, user: str) -> None:

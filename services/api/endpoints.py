@@ -1,8 +1,9 @@
 """The two endpoints: each reads as the contract's order of checks."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2s
+from typing import NoReturn
 
 import structlog
 from starlette.exceptions import HTTPException
@@ -12,8 +13,8 @@ from starlette.routing import Route
 
 from services.api.announcements import Announcements
 from services.api.batch import Overloaded
-from services.api.quota import Quota
-from services.api.shards import DATABASE_FAILURES, NoOwner, Operation, Refusal
+from services.api.quota import Allowance, Quota
+from services.api.shards import DATABASE_FAILURES, Limit, NoOwner, Operation, Refusal
 from services.api.submission import (
     InvalidBody,
     InvalidIncrement,
@@ -80,10 +81,10 @@ async def update_score(request: Request) -> Response:
     submission = await _read_submission(request)
     if isinstance(submission, Submission) and submission.user_id != claims.subject:
         raise _unauthorized()
-    await _spend(request, api.update_quota, claims.subject)
+    limit = await _spend(request, api.update_quota, claims.subject)
     if isinstance(submission, Refused):
         raise submission
-    operation = _operation(request, submission, api.score_increment_max)
+    operation = _operation(request, submission, api.score_increment_max, limit)
     try:
         outcome = await api.writes.submit(operation)
     except Overloaded:
@@ -94,6 +95,8 @@ async def update_score(request: Request) -> Response:
         raise Refused(400, "Invalid score increment")
     if outcome is Refusal.KEY_REUSED:
         raise Refused(409, "Idempotency key reused")
+    if outcome is Refusal.OVER_LIMIT:
+        await _refuse_over_quota(request, api.update_quota, claims.subject)
     # Also of a replay: its first answer may have been lost before the board had it.
     await api.announcements.announce(outcome.latest)
     return _json(b'{"status":"success","message":"Score updated","newScore":%d}' % outcome.score)
@@ -154,19 +157,34 @@ async def _read_submission(request: Request) -> Submission | Refused:
         return Refused(400, "Invalid request body")
 
 
-async def _spend(request: Request, quota: Quota, client: str) -> None:
+async def _spend(request: Request, quota: Quota, client: str) -> Limit | None:
+    """Count the request; returns what the write has to keep to as well."""
+    allowance = await _counted(quota.spend(client, request.state.request_id))
+    request.state.quota_headers = allowance.headers(quota.name)
+    if not allowance.allowed:
+        raise Refused(429, "Too many requests")
+    return allowance.at_write
+
+
+async def _refuse_over_quota(request: Request, quota: Quota, client: str) -> NoReturn:
+    """Others of the client's requests have used it up since this one was counted."""
+    allowance = await _counted(quota.recount(client))
+    request.state.quota_headers = allowance.headers(quota.name)
+    raise Refused(429, "Too many requests")
+
+
+async def _counted(counting: Awaitable[Allowance]) -> Allowance:
     try:
-        allowance = await quota.spend(client, request.state.request_id)
+        return await counting
     except Overloaded:
         raise _overloaded() from None
     except (NoOwner, *DATABASE_FAILURES):  # Redis is away, and the shard could not count it.
         raise _not_written() from None
-    request.state.quota_headers = allowance.headers(quota.name)
-    if not allowance.allowed:
-        raise Refused(429, "Too many requests")
 
 
-def _operation(request: Request, submission: Submission, increment_max: int) -> Operation:
+def _operation(
+    request: Request, submission: Submission, increment_max: int, limit: Limit | None
+) -> Operation:
     """The increment, under the client's key or the edge's id; the prefix keeps the two apart."""
     try:
         delta = read_increment(submission.increment, increment_max)
@@ -176,7 +194,7 @@ def _operation(request: Request, submission: Submission, increment_max: int) -> 
         raise Refused(400, "Invalid score increment") from None
     except InvalidKey:
         raise Refused(400, "Invalid idempotency key") from None
-    return Operation(user_id=submission.user_id, op_id=op_id, delta=delta)
+    return Operation(submission.user_id, op_id, delta, limit)
 
 
 def _json(body: bytes, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:

@@ -12,6 +12,9 @@ TABLES = ("user_scores", "score_ops", "score_ops_pruned")
 HEAD = "0001"
 """The newest revision in `migrations/versions`; a test compares."""
 
+TURNS_LOCK = 5_072_611_366
+"""Key of the advisory lock on each shard under which quotas are counted from the operations."""
+
 PRUNE_LOCK = 5_072_611_365
 """Key of the advisory lock on each shard under which a partition is pruned. Whoever moves one takes
 it first: operations that vanish between two looks would spoil the copy."""

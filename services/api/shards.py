@@ -6,6 +6,7 @@ costs a third of the time and needs no explicit transaction (measured: 308 again
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.api import schema
-from services.api.engine import open_engine, sql
+from services.api.engine import LOCK_TIMEOUT_S, open_engine, sql
 from services.api.partition import PARTITIONS, partition_of
 from shared.board import BOARD_SIZE, Score, best
 
@@ -34,16 +35,33 @@ _RECORDED = sql("recorded.sql")
 _TOP = sql("top.sql")
 _SCORES = sql("scores.sql")
 _SPENT = sql("spent.sql")
+_TAKE_TURNS = sql("take_turns.sql")
 _UPKEEP = sql("upkeep.sql")
+
+TURN_MS_MAX = 500
+"""A replica that freezes in its turn loses it after this long; the others try again until then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most ``count`` operations of a user in any ``window_s`` seconds."""
+
+    count: int
+    window_s: int
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One increment, checked, with the id under which it counts once."""
+    """One increment, checked, with the id under which it counts once.
+
+    Attributes:
+        limit: What the user's operations must stay within, where Redis could not see to that.
+    """
 
     user_id: str
     op_id: str
     delta: int
+    limit: Limit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +80,11 @@ class Recorded:
 
 
 class Refusal(Enum):
-    """Why an increment was not added, and never will be under this id."""
+    """Why an increment was not added; only what is over a limit may be later under this id."""
 
     SCORE_TOO_HIGH = "the score would not fit its column"
     KEY_REUSED = "the id stands for another increment"
+    OVER_LIMIT = "the user has as many operations as the limit allows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +106,16 @@ class Spent:
 
     Attributes:
         count: Operations within the window.
-        oldest_s: Seconds since the first of them; 0 when there is none.
+        oldest_s: Seconds since the first of them.
         newest_s: Seconds since the last of them.
     """
 
     count: int
     oldest_s: float
     newest_s: float
+
+
+NOTHING_SPENT = Spent(count=0, oldest_s=0, newest_s=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,14 +292,24 @@ class Shards:
         Raises:
             Exception: See :func:`is_transient`; nothing or everything of it was committed.
         """
-        columns = (
-            [operation.user_id for operation in operations],
-            [operation.op_id for operation in operations],
-            [operation.delta for operation in operations],
-        )
+        over: set[tuple[str, str]] = set()
         try:
             async with self._driver(shard) as driver:
-                rows = await driver.fetch(_RECORD, *columns)
+                if any(operation.limit for operation in operations):
+                    # Replicas take turns: what one has counted, none adds to before it is done. Each
+                    # statement must see what was committed while the first one waited.
+                    async with driver.transaction(isolation="read_committed"):
+                        await driver.fetch(
+                            _TAKE_TURNS,
+                            schema.TURNS_LOCK,
+                            str(TURN_MS_MAX),
+                            f"{LOCK_TIMEOUT_S * 1000:.0f}",
+                        )
+                        over = await _over_limit(driver, operations)
+                        within = [one for one in operations if (one.user_id, one.op_id) not in over]
+                        rows = await driver.fetch(_RECORD, *_columns(within))
+                else:
+                    rows = await driver.fetch(_RECORD, *_columns(operations))
         except asyncpg.UniqueViolationError:
             return await self._record_unknown(shard, operations)
         except asyncpg.CheckViolationError:
@@ -288,6 +320,8 @@ class Shards:
             outcome = recorded.get((operation.user_id, operation.op_id))
             if outcome is not None:
                 outcomes.append(outcome)
+            elif (operation.user_id, operation.op_id) in over:
+                outcomes.append(Refusal.OVER_LIMIT)
             elif len(operations) == 1:
                 outcomes.append(Refusal.SCORE_TOO_HIGH)
             else:  # Together with the user's others it is too much; alone it may fit.
@@ -297,11 +331,7 @@ class Shards:
     async def _record_unknown(self, shard: int, operations: Sequence[Operation]) -> list[Outcome]:
         """Some are recorded already: answer those as the first time, and record the others."""
         async with self._driver(shard) as driver:
-            rows = await driver.fetch(
-                _RECORDED,
-                [operation.user_id for operation in operations],
-                [operation.op_id for operation in operations],
-            )
+            rows = await driver.fetch(_RECORDED, *_columns(operations)[:2])
         known = {(row["user_id"], row["op_id"]): row for row in rows}
         unknown = [
             operation
@@ -359,11 +389,10 @@ class Shards:
             rows = await driver.fetch(sql, *arguments)
         return [Score(row["user_id"], row["score"], row["reached_us"]) for row in rows]
 
-    async def spent(self, user_id: str, window_s: float) -> Spent:
-        """Count the user's operations of the last ``window_s`` seconds."""
-        async with self._driver(self.shard_of(user_id)) as driver:
-            row = await driver.fetchrow(_SPENT, user_id, window_s)
-        return Spent(count=row["count"], oldest_s=row["oldest_s"], newest_s=row["newest_s"])
+    async def spent(self, shard: int, user_ids: Sequence[str], window_s: float) -> dict[str, Spent]:
+        """Count the operations of users of a shard in the last ``window_s`` seconds, where any."""
+        async with self._driver(shard) as driver:
+            return await _spent(driver, user_ids, window_s)
 
     async def upkeep(self, shard: int) -> Upkeep:
         """What the shard says of its last audit and pruning."""
@@ -382,11 +411,48 @@ class Shards:
                 # SQLAlchemy cannot know: its own check (pre-ping) is three round trips.
                 await connection.invalidate()
                 driver = (await connection.get_raw_connection()).driver_connection
+                assert driver is not None, "checked out"  # noqa: S101
             try:
                 yield driver
             except (OSError, TimeoutError, asyncpg.InterfaceError, asyncio.CancelledError):
+                # Else SQLAlchemy says goodbye first, and waits 2 s for a frozen server's answer.
+                driver.terminate()
                 await connection.invalidate()
                 raise
+
+
+def _columns(operations: Sequence[Operation]) -> tuple[list[str], list[str], list[int]]:
+    return (
+        [operation.user_id for operation in operations],
+        [operation.op_id for operation in operations],
+        [operation.delta for operation in operations],
+    )
+
+
+async def _spent(driver: Any, user_ids: Sequence[str], window_s: float) -> dict[str, Spent]:
+    rows = await driver.fetch(_SPENT, sorted(set(user_ids)), window_s)
+    return {row["user_id"]: Spent(row["count"], row["oldest_s"], row["newest_s"]) for row in rows}
+
+
+async def _over_limit(driver: Any, operations: Sequence[Operation]) -> set[tuple[str, str]]:
+    """User and id of each operation that its limit has no room for; a recorded one needs none."""
+    rows = await driver.fetch(_RECORDED, *_columns(operations)[:2])
+    known = {(row["user_id"], row["op_id"]) for row in rows}
+    over = set()
+    for limit in {operation.limit for operation in operations if operation.limit}:
+        asking = [
+            (one.user_id, one.op_id)
+            for one in operations
+            if one.limit == limit and (one.user_id, one.op_id) not in known
+        ]
+        spent = await _spent(driver, [user_id for user_id, _ in asking], limit.window_s)
+        used = Counter({user_id: one.count for user_id, one in spent.items()})
+        for user_id, op_id in asking:
+            if used[user_id] < limit.count:
+                used[user_id] += 1
+            else:
+                over.add((user_id, op_id))
+    return over
 
 
 def _recorded(row: Mapping[str, Any]) -> Recorded:

@@ -53,6 +53,9 @@ QUEUE_MAX = 4096
 
 QUEUE_PATIENCE_S = 0.75
 
+REST_S = 0.25
+"""For which a shard that did not take a batch is left alone; then one increment tries it for all."""
+
 OWNER_WAIT_S = 0.05
 """Between two looks at the catalogs for the owner of a partition that moves or whose shard is away."""
 
@@ -76,6 +79,9 @@ class Writes:
         ]
         # Whose row somebody else holds waits here, one by one, and nobody waits behind them.
         self._contended = [self._queue(shard, self._commit, 1) for shard in range(shards.count)]
+        # Of each shard that is away: until when it rests, and until when somebody tries it.
+        self._resting_until: dict[int, float] = {}
+        self._trying_until: dict[int, float] = {}
         for shard, queue in enumerate(self._queues):
             metrics.QUEUE.labels(shard).set_function(queue.__len__)
 
@@ -105,6 +111,7 @@ class Writes:
             except NoOwner:
                 await self._wait_for_owner(until)
                 continue
+            self._refuse_while_away(shard)
             outcome = await queues[shard].submit(operation)
             if isinstance(outcome, Contended):
                 queues = self._contended
@@ -112,6 +119,15 @@ class Writes:
                 await self._wait_for_owner(until)
             else:
                 return outcome
+
+    def _refuse_while_away(self, shard: int) -> None:
+        """Fail the users of a shard that is away at once, but for the one who tries it."""
+        if shard not in self._resting_until:
+            return
+        now = time.monotonic()
+        if now < max(self._resting_until[shard], self._trying_until.get(shard, 0)):
+            raise NotWritten
+        self._trying_until[shard] = now + DEADLINE_S
 
     async def _wait_for_owner(self, until: float) -> None:
         try:
@@ -123,6 +139,8 @@ class Writes:
 
     async def _commit(self, shard: int, operations: Sequence[Operation]) -> list[Result]:
         """Commit a batch; the same operation twice in it is sent once."""
+        if time.monotonic() < self._resting_until.get(shard, 0):
+            return [NotWritten()] * len(operations)  # They waited behind the batch that failed.
         first = {(one.user_id, one.op_id): one for one in reversed(operations)}
         sent = list(first.values())
         outcomes = dict(zip(sent, await self._try(shard, sent), strict=True))
@@ -141,10 +159,19 @@ class Writes:
         except DATABASE_FAILURES as error:
             metrics.WRITE_FAILURES.labels(shard).inc(len(operations))
             log.error("write.failed", shard=shard, operations=len(operations), error=repr(error))
+            # It is not the shard that is away where somebody holds a row for long, or where this
+            # replica has been frozen itself: then far more than the deadline is over.
+            was_frozen = time.perf_counter() - started > DEADLINE_S + REST_S
+            is_locked = isinstance(error, asyncpg.LockNotAvailableError)
+            if is_transient(error) and not is_locked and not was_frozen:
+                self._resting_until[shard] = time.monotonic() + REST_S
+                self._trying_until.pop(shard, None)
             if is_transient(error) or len(operations) == 1:
                 return [NotWritten()] * len(operations)
             # Something about one of them: the others must not suffer for it.
             return [(await self._try(shard, [operation]))[0] for operation in operations]
+        self._resting_until.pop(shard, None)
+        self._trying_until.pop(shard, None)
         metrics.BATCH_SECONDS.labels(shard).observe(time.perf_counter() - started)
         metrics.BATCH_OPERATIONS.labels(shard).observe(len(operations))
         return outcomes
