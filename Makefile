@@ -1,21 +1,27 @@
 # `make help` lists the targets. All that is needed beforehand is python3 (3.11 or later), make and a package registry.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where the board is: make up PORT=8081
+PORT := 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test lint bench bench-write bench-layers lock clean
+.PHONY: help up down test test-chaos lint bench bench-write bench-layers bench-upkeep lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-up: .venv/ready ## Start the whole cluster in the background; the board is at http://127.0.0.1:8080
-	@$(BIN)/scoreboard up --detach
+up: .venv/ready ## Start the whole cluster in the background, with the board at http://127.0.0.1:8080; or PORT=8081
+	@$(BIN)/scoreboard up --detach --port $(PORT)
 
-down: .venv/ready ## Stop the cluster; the data stays in .scoreboard
+down: ## Stop the cluster; the data stays in .scoreboard
+	@test -x $(BIN)/scoreboard || { echo "There is no .venv, so nothing runs from it."; exit 1; }
 	@$(BIN)/scoreboard down
 
 test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (no Docker needed)
 	@$(BIN)/pytest
+
+test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk (6 minutes)
+	@$(BIN)/pytest -m chaos -s
 
 lint: .venv/ready ## Style, types and module boundaries
 	$(BIN)/ruff check .
@@ -32,6 +38,9 @@ bench-write: .venv/ready ## Measure updates beside pgbench, and beside a Node.js
 bench-layers: .venv/ready ## Measure where the CPU of an update goes
 	@$(BIN)/python -m tests.benchmarks.layers
 
+bench-upkeep: .venv/ready ## Measure what writers notice of old operations being removed, and an audit
+	@$(BIN)/python -m tests.benchmarks.upkeep
+
 lock: .venv/ready ## Resolve the dependencies anew into deploy/requirements*.txt
 	$(BIN)/uv pip compile -q -U pyproject.toml --universal --python-version 3.11 --generate-hashes \
 	    --custom-compile-command "make lock" -o deploy/requirements.txt
@@ -39,10 +48,23 @@ lock: .venv/ready ## Resolve the dependencies anew into deploy/requirements*.txt
 	    --python-version 3.11 --generate-hashes --custom-compile-command "make lock" -o deploy/requirements-dev.txt
 
 clean: ## Remove the virtual environment and caches; .scoreboard (the data) stays
+	@$(PYTHON) -c "$$STOPPED"
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# A running cluster runs from .venv: without it, what dies would not come back.
+define STOPPED
+import contextlib, fcntl, sys
+with contextlib.suppress(FileNotFoundError), open(".scoreboard/run/lock") as lock:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit("The cluster in .scoreboard runs from .venv, which has to be made anew: make down first.")
+endef
+export STOPPED
 
 # The file is written last, so an interrupted install starts again.
 .venv/ready: deploy/requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c "$$STOPPED"
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; %s is %s. Set PYTHON=..." % (sys.executable, sys.version.split()[0]))'
 	@echo "Installing into .venv (once; about half a minute)"
 	@$(PYTHON) -m venv --clear .venv

@@ -20,8 +20,13 @@ local scores, reached, board = KEYS[1], KEYS[2], KEYS[3]
 local channel, size = ARGV[1], tonumber(ARGV[2])
 local seen_epoch, seen_version = tonumber(ARGV[3]), tonumber(ARGV[4])
 
-local position = redis.call('HMGET', board, 'epoch', 'version')
-local epoch, version = tonumber(position[1]), tonumber(position[2])
+local function whole(text)
+  local number = tonumber(text)
+  return number and number >= 0 and number < 2 ^ 53 and number == math.floor(number) and number
+end
+
+local held = redis.call('HMGET', board, 'epoch', 'version', 'floor', 'message')
+local epoch, version = whole(held[1]), whole(held[2])
 
 local lost = not epoch or not version or epoch < seen_epoch
   or (epoch == seen_epoch and version < seen_version)
@@ -44,8 +49,8 @@ end
 
 while ARGV[at] do
   local user, score = ARGV[at], tonumber(ARGV[at + 1])
-  local held = redis.call('ZSCORE', scores, user)
-  if not held or score >= tonumber(held) then
+  local before = redis.call('ZSCORE', scores, user)
+  if not before or score >= tonumber(before) then
     redis.call('ZADD', scores, score, user)
     redis.call('HSET', reached, user, ARGV[at + 2])
   end
@@ -84,7 +89,7 @@ end
 
 -- Below the floor a score changes nothing here; it never falls while scores only grow.
 local floor = rows[size] and string.format('%.0f', rows[size].score) or '0'
-if lost or redis.call('HGET', board, 'message') ~= message() then
+if lost or held[3] ~= floor or held[4] ~= message() then
   version = version + 1
   redis.call('HSET', board, 'epoch', string.format('%.0f', epoch),
     'version', string.format('%.0f', version), 'floor', floor, 'message', message())

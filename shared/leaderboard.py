@@ -25,6 +25,10 @@ REDIS_FAILURES = (RedisError, RedisClusterException, OSError, TimeoutError)
 """All the ways Redis fails: the cluster's errors are no ``RedisError`` (redis-py 8.1)."""
 
 
+class DamagedBoard(RedisError):
+    """Redis holds something that this module never wrote; discard it and rebuild."""
+
+
 class Leaderboard:
     """The board as one replica sees it.
 
@@ -42,9 +46,17 @@ class Leaderboard:
         self.floor = 0
 
     async def read(self) -> Board | None:
-        """The board as last announced; None when Redis holds none."""
+        """
+        The board as last announced; None when Redis holds none.
+
+        Raises:
+            DamagedBoard: If what it holds is no board.
+        """
         message = await self._redis.hget(BOARD_KEY, "message")
-        return None if message is None else decode_board(message)
+        try:
+            return None if message is None else decode_board(message)
+        except ValueError as error:
+            raise DamagedBoard(str(error)) from None
 
     async def apply(self, scores: Iterable[Score]) -> bool:
         """
@@ -85,7 +97,10 @@ class Leaderboard:
     async def refresh_floor(self) -> None:
         """Take over the floor that other replicas have raised, or a repair has lowered."""
         floor = await self._redis.hget(BOARD_KEY, "floor")
-        self.floor = 0 if floor is None else int(floor)
+        try:
+            self.floor = int(floor or 0)
+        except ValueError as error:
+            raise DamagedBoard(str(error)) from None
 
     async def entries(self) -> dict[str, float]:
         """What Redis believes: user id → score, unchecked; bytes that are no text as surrogates."""

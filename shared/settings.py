@@ -7,6 +7,7 @@ that holds the value: that is how secrets arrive.
 
 import ipaddress
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,11 +91,34 @@ def _rate(value: object) -> object:
     return parse(value) if isinstance(value, str) else value
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def seconds(text: str) -> int:
+    """
+    Read ``90s``, ``30m``, ``24h``, ``7d`` as seconds.
+
+    Raises:
+        ValueError: If it is not like that, with at most nine digits and more than nothing.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", text)
+    if match is None:
+        raise ValueError(f"{text} is not a number with s, m, h or d, such as 90s or 1h.")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _duration(value: object) -> object:
+    return seconds(value) if isinstance(value, str) and value[-1:] in _UNITS else value
+
+
 Listed = BeforeValidator(_split)
 """A comma-separated variable."""
 
 Rate = Annotated[RateLimitItem, BeforeValidator(_rate)]
 """A quota in the notation of `limits`: ``100/hour``, ``10 per 5 minutes``."""
+
+Duration = Annotated[int, BeforeValidator(_duration)]
+"""Seconds, as such or with a unit: ``86400``, ``24h``."""
 
 Network = Annotated[str, AfterValidator(lambda value: str(ipaddress.ip_network(value)))]
 

@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from http.client import HTTPException
 from typing import Annotated, Any, Literal, Self
 
 import jwt
 import structlog
-from jwt.exceptions import PyJWKClientError, PyJWKSetError
 from pydantic import Field, StringConstraints, model_validator
 
 from shared.settings import Settings
@@ -36,6 +36,9 @@ BELIEVED_MAX = 100_000
 
 DIGEST_BYTES = 16
 """So that nobody finds a second token with the digest of another."""
+
+EXPIRY_MAX = 253_402_300_799
+"""The last second of the year 9999: beyond it stand only numbers that some reader cannot hold."""
 
 JWKS_REFRESH_S = 300.0
 """Between two fetches of the key set: how long a withdrawn key may still be believed."""
@@ -139,8 +142,9 @@ class KeySet:
         while True:
             try:
                 fetched = await asyncio.to_thread(self._client.get_jwk_set)
-            except (PyJWKClientError, PyJWKSetError) as error:
-                # The last good set stays: an issuer that is away must not log everyone out.
+            except (jwt.PyJWTError, HTTPException, ValueError, OSError) as error:
+                # The last good set stays: an issuer that is away, or answers with something else,
+                # must not log everyone out.
                 log.warning("jwks.unavailable", error=str(error))
             else:
                 self._keys = {
@@ -213,10 +217,13 @@ class TokenVerifier:
                 },
             )
         # PyJWT lets through what int() makes of a strange `exp`, and json of a deep nesting.
-        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            log.debug("token.refused", error=repr(error))
             raise Unauthorized from None
         subject, expires_at = payload["sub"], payload["exp"]
         if not is_user_id(subject) or type(expires_at) not in (int, float):
+            raise Unauthorized
+        if expires_at > EXPIRY_MAX:
             raise Unauthorized
         return Claims(subject=subject, expires_at=expires_at)
 

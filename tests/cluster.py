@@ -122,11 +122,13 @@ class Cluster:
         return f"http://127.0.0.1:{self.port}"
 
     @asynccontextmanager
-    async def client(self, address: str = "127.0.0.1") -> AsyncIterator["Client"]:
-        """A client that calls from this loopback address."""
+    async def client(
+        self, address: str = "127.0.0.1", url: str | None = None
+    ) -> AsyncIterator["Client"]:
+        """A client that calls from this loopback address, through Nginx unless a URL is given."""
         transport = httpx.AsyncHTTPTransport(local_address=address)
         async with httpx.AsyncClient(
-            transport=transport, base_url=self.url, timeout=ANSWER_SECONDS_MAX
+            transport=transport, base_url=url or self.url, timeout=ANSWER_SECONDS_MAX
         ) as http:
             yield Client(self, http)
 

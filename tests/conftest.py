@@ -55,6 +55,6 @@ def user(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[Cluster]:
     """A cluster of the test's own, not started; stopped if it was."""
-    cluster = Cluster(tmp_path / "home")
+    cluster = Cluster(tmp_path / 'the "home"')
     yield cluster
     cluster.command("down")

@@ -180,9 +180,9 @@ def test_a_refusal_has_the_error_s_body_and_headers() -> None:
 
 def test_the_close_codes_are_the_gateway_s() -> None:
     """The table has every code the gateway closes with, and each says when to come back."""
-    # A normal close is the client's own, answered in kind; the protocol's library adds the 1009.
+    # A normal close is the client's own, answered in kind.
     own = {str(int(code)) for code in Close if code is not Close.NORMAL}
-    assert set(LIVE["x-close-codes"]) == {*own, "1009"}
+    assert set(LIVE["x-close-codes"]) == own
     for close in LIVE["x-close-codes"].values():
         assert close["description"]
         assert close["reconnect"]

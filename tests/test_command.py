@@ -6,17 +6,20 @@ Also what it makes of the Nginx template. What a running cluster does is tested 
 import fcntl
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from services.scoreboard.home import Home, State
+from services.scoreboard.home import Home, State, born, last_line
+from services.scoreboard.progress import log_lines
 from services.scoreboard.servers import Binaries
 
 COMMAND_SECONDS_MAX = 60.0
@@ -46,15 +49,16 @@ def refusal(*words: str, **variables: str) -> str:
 
 
 def left_running(home: Path) -> list[str]:
-    """Command lines of processes that name the home."""
+    """Command lines of processes that name the home there, in their environment or as their place."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            line, environ = [(process / name).read_bytes() for name in ("cmdline", "environ")]
+            place = str((process / "cwd").readlink())
         except OSError:
             continue
-        if str(home) in line:
-            found.append(line)
+        if os.fsencode(home) in line + environ or place.startswith(str(home)):
+            found.append(line.replace(b"\0", b" ").decode(errors="replace"))
     return found
 
 
@@ -72,7 +76,9 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("command", ["up", "down", "status", "scale", "logs", "token", "migrate"])
+@pytest.mark.parametrize(
+    "command", ["up", "down", "status", "scale", "logs", "token", "migrate", "audit"]
+)
 def test_help_shows_an_example(command: str) -> None:
     """The help of each subcommand shows how it is called."""
     text = scoreboard(command, "--help").stdout
@@ -92,11 +98,49 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
 
 
 def test_a_refusal_reaches_who_detached(tmp_path: Path) -> None:
-    """`up --detach` says the sentence of the supervisor it started."""
+    """`up --detach` says the sentence of the supervisor it started; the logs stay the last run's."""
+    log = tmp_path / "log"
+    log.mkdir()
+    names = {"nginx.log", "nginx.log.1", "supervisor.log", "supervisor.log.1"}
+    for name in names:
+        (log / name).write_text(name)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        said = refusal("up", "--detach", "--home", str(tmp_path / "home"), "--port", port)
+        said = refusal("up", "--detach", "--home", str(tmp_path), "--port", port)
     assert said.startswith(f"Port {port} of 127.0.0.1 is taken")
+    assert {path.name: path.read_text() for path in log.iterdir()} == {name: name for name in names}
+
+
+def test_a_wrong_setting_is_named_before_anything_starts(tmp_path: Path) -> None:
+    """With the sentence of the service that would have died of it."""
+    home = tmp_path / "home"
+    settings = {"UPDATE_RATE_LIMIT": "many", "JWT_ALGORITHM": "RS256", "JWT_PUBLIC_KEY": "none"}
+    said = refusal("up", "--home", str(home), "--port", str(free_port()), **settings)
+    assert said.startswith("UPDATE_RATE_LIMIT must be a quota such as 100/hour")
+    assert list((home / "log").iterdir()) == []
+
+
+def test_make_keeps_the_environment_of_a_running_cluster(tmp_path: Path) -> None:
+    """A lock file that came with a pull is not installed under the servers; `down` needs none."""
+    shutil.copy(Path(__file__).parent.parent / "Makefile", tmp_path)
+    home = Home(tmp_path / ".scoreboard")
+    home.create()
+    for name in ("deploy/requirements-dev.txt", "pyproject.toml", ".venv/bin/scoreboard"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        program(tmp_path / name, 'echo "asked: $*"')
+
+    def make(target: str) -> str:
+        command = ["make", target, f"PYTHON={sys.executable}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    with (home.run / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for target in ("up", "test", "clean"):
+            assert "make down first" in make(target)
+        assert make("down") == "asked: down\n"
+    (tmp_path / ".venv" / "ready").touch()
+    assert make("up") == "asked: up --detach --port 8080\n"
 
 
 def test_data_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -115,12 +159,13 @@ def test_a_folder_that_is_no_data_is_refused(tmp_path: Path) -> None:
     assert "postgres-0 is not a PostgreSQL data directory" in said
 
 
-def test_fewer_shards_than_there_are_is_refused(tmp_path: Path) -> None:
-    """Data on two shards cannot be served by one."""
+@pytest.mark.parametrize("shards", ["1", "3"])
+def test_another_number_of_shards_is_refused(shards: str, tmp_path: Path) -> None:
+    """Data on two shards cannot be served by one, and does not move to a third."""
     (tmp_path / "postgres-0").mkdir()
     (tmp_path / "postgres-1").mkdir()
-    said = refusal("up", "--home", str(tmp_path), "--shards", "1")
-    assert "lives on 2 shards, so it cannot be served by 1" in said
+    said = refusal("up", "--home", str(tmp_path), "--shards", shards)
+    assert f"lives on 2 shards, so it cannot be served by {shards}" in said
 
 
 @pytest.mark.parametrize(
@@ -163,6 +208,7 @@ def test_secrets_are_readable_to_the_owner_only(tmp_path: Path) -> None:
             *("up", "--home", str(home), "--port", str(free_port())), SCOREBOARD_VALKEY="/bin/false"
         )
         secrets = home / "secrets"
+        assert stat.S_IMODE((home / "valkey").stat().st_mode) == 0o700
         assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
         assert {stat.S_IMODE(path.stat().st_mode) for path in secrets.iterdir()} == {0o600}
         found.append({(secrets / name).read_text() for name in ("jwt_secret", "postgres_password")})
@@ -173,14 +219,46 @@ def test_a_second_up_says_that_it_runs_already(tmp_path: Path) -> None:
     """`up` where a supervisor holds the lock names its address and how to stop it."""
     home = Home(tmp_path)
     home.create()
-    home.write_state(State(pid=4321, port=1234, url="http://127.0.0.1:1234/", secrets_dir=""))
+    state = State(pid=os.getpid(), port=1234, url="http://127.0.0.1:1234/", secrets_dir="")
+    state.born = born(state.pid)
+    home.write_state(state)
     with (home.run / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for words in (("up",), ("up", "--detach")):
             assert refusal(*words, "--home", str(tmp_path)) == (
-                f"A cluster already runs in {tmp_path} at http://127.0.0.1:1234/ (pid 4321). "
+                f"A cluster already runs in {tmp_path} at http://127.0.0.1:1234/ (pid {os.getpid()}). "
                 "Stop it with: scoreboard down"
             )
+
+
+@pytest.mark.parametrize("command", [("down",), ("scale", "api=3")])
+def test_a_supervisor_that_has_said_nothing_is_waited_for(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What the one before it left behind names a pid that is somebody else's by now."""
+    home = Home(tmp_path)
+    home.create()
+    with subprocess.Popen(["/bin/sleep", "60"]) as stranger:
+        home.write_state(State(pid=stranger.pid, born="1", port=1, url="", secrets_dir=""))
+        with (home.run / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            said = refusal(*command, "--home", str(tmp_path))
+        assert said == f"A cluster is about to start or stop in {tmp_path}; try again."
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a home of another user")
+@pytest.mark.parametrize("command", [("up",), ("up", "--detach"), ("scale", "api=3")])
+def test_root_keeps_out_of_a_home_of_another_user(command: tuple[str, ...], tmp_path: Path) -> None:
+    """What root writes there its owner could not read."""
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 12345, 12345)
+    assert refusal(*command, "--home", str(home)) == (
+        f"--home {home} belongs to uid 12345: run this as that user, or choose another."
+    )
+    assert list(home.iterdir()) == []
 
 
 def test_the_state_of_a_dead_supervisor_is_not_believed(tmp_path: Path) -> None:
@@ -227,6 +305,49 @@ def test_no_token_without_a_secret(tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
+def test_no_token_with_a_secret_that_no_service_takes(tmp_path: Path) -> None:
+    """A secret that was shortened by hand is named, and no token printed."""
+    secret = Home(tmp_path).secrets / "jwt_secret"
+    secret.parent.mkdir()
+    secret.write_text("short")
+    said = refusal("token", "alice", "--home", str(tmp_path))
+    assert said.startswith(f"{secret} has less than 32 bytes")
+
+
+def test_the_version_is_the_package_s() -> None:
+    """--version prints it."""
+    printed = scoreboard("--version").stdout.split()
+    assert (printed[0], printed[-1]) == ("scoreboard,", version("live-scoreboard"))
+
+
+def test_the_reason_is_quoted_rather_than_its_heading(tmp_path: Path) -> None:
+    """What a server says at its end, of the lines it says then."""
+    log = tmp_path / "valkey.log"
+    log.write_text("ready\n*** FATAL CONFIG FILE ERROR ***\nat line 4\nBad directive\n\n")
+    assert last_line(log) == "Bad directive"
+    log.write_text("FATAL:  no space left\nserver is shut down\n")
+    assert last_line(log) == "FATAL:  no space left"
+
+
+def test_logs_are_followed_line_by_line(tmp_path: Path) -> None:
+    """A line that comes in two parts is one, and a new run's log is read from its beginning."""
+    path = tmp_path / "api-0.log"
+    path.write_text("one\ntw")
+    lines = log_lines(tmp_path, None, follow=True)
+    assert next(lines) == ("api-0", "one")
+    with path.open("a") as log:
+        log.write("o\nthr")
+    assert next(lines) == ("api-0", "two")
+    with path.open("a") as log:
+        log.write("ee\n")
+    assert next(lines) == ("api-0", "three")
+    path.rename(tmp_path / "api-0.log.1")
+    path.write_text("four\nfi")
+    assert next(lines) == ("api-0", "four")
+    lines.close()
+    assert list(log_lines(tmp_path, "api", follow=False)) == [("api-0", "four"), ("api-0", "fi")]
+
+
 def test_migrate_refuses_what_is_no_shard() -> None:
     """`migrate` names the variable that is wrong, and the shard that is not there."""
     assert refusal("migrate", SHARD_URLS="x").startswith("SHARD_URLS must be comma-separated URLs")
@@ -234,6 +355,16 @@ def test_migrate_refuses_what_is_no_shard() -> None:
     said = refusal("migrate", SHARD_URLS=url)
     assert said.startswith("A shard cannot be migrated: ")
     assert "hidden" not in said
+
+
+def test_audit_refuses_what_is_no_shard(tmp_path: Path) -> None:
+    """As `migrate` does; without a cluster and without SHARD_URLS it says what is missing."""
+    assert refusal("audit", SHARD_URLS="x").startswith("SHARD_URLS must be comma-separated URLs")
+    url = f"postgresql://user:hidden@127.0.0.1:{free_port()}/none"
+    said = refusal("audit", SHARD_URLS=url)
+    assert said.startswith("A shard cannot be audited: ")
+    assert "hidden" not in said
+    assert refusal("audit", "--home", str(tmp_path)).startswith("No cluster runs in ")
 
 
 LOCAL = {

@@ -55,7 +55,7 @@ async def test_anyone_may_read_a_hundred_times_an_hour(cluster: Cluster) -> None
         assert [answer.status for answer in refused] == [429]
         assert refused[0].json == {"status": "error", "message": "Too many requests"}
         assert int(refused[0].headers["Retry-After"]) > 3500
-        assert await client.top() is not None
+        await client.top()
         forged = {"X-Forwarded-For": "127.0.0.99", "X-Real-IP": "127.0.0.99"}
         assert (await client.request("GET", TOP, headers=forged)).status == 429
         bad = {"Authorization": "Bearer nonsense"}

@@ -109,3 +109,27 @@ async def test_no_query_reaches_a_log(cluster: Cluster) -> None:
         "/scores/live", "/scores/live/", "/api/scores/top", "/board.js",
     ]  # fmt: skip
     assert [name for name, text in logs.items() if "canary-of-a-token" in text] == []
+
+
+def test_the_access_log_is_json_and_says_what_was_asked(cluster: Cluster) -> None:
+    """Also of what is refused: the method that was sent, and no byte that is no JSON."""
+    asked = {
+        "a long body": get("/api/scores/update", "Content-Length: 5000", method="POST")
+        + b"x" * 5000,
+        "no ASCII": b"PUT /caf\xe9\xff?token=x HTTP/1.0\r\nHost: board\r\n\r\n",
+        "quotes": get('/"quoted"', method="DELETE"),
+        "no HTTP": b"\xff\xfe\r\n\r\n",
+    }
+    ids = {send(cluster, request)[1]["X-Request-ID"]: name for name, request in asked.items()}
+    lines = (cluster.home / "log" / "nginx.log").read_bytes().splitlines()
+    logged = [json.loads(line.decode()) for line in lines if line.startswith(b"{")]
+    assert {
+        ids[line["http.request.id"]]: (line["http.request.method"], line["url.path"])
+        for line in logged
+        if line["http.request.id"] in ids
+    } == {
+        "a long body": ("POST", "/api/scores/update"),
+        "no ASCII": ("PUT", "(not ASCII)"),
+        "quotes": ("DELETE", '/"quoted"'),
+        "no HTTP": ("", ""),
+    }

@@ -5,7 +5,7 @@ import re
 
 import httpx2 as httpx
 
-from tests.cluster import Cluster, receive_board
+from tests.cluster import Cluster, receive_board, receive_until
 from tests.load import Load
 
 SCALE_SECONDS_MAX = 90
@@ -21,7 +21,16 @@ async def requests_of(cluster: Cluster, name: str) -> float:
 
 
 async def test_scaling_under_load_fails_no_request(cluster: Cluster, user: str) -> None:
-    """Up and down again; new replicas take their part."""
+    """Up and down again; new replicas take their part, and who watches watches on."""
+    async with cluster.live() as early:
+        await scale_under_load(cluster, user)
+        async with cluster.client() as client:
+            top = await client.top(user)
+        await receive_until(early, lambda board: board == top)
+
+
+async def scale_under_load(cluster: Cluster, user: str) -> None:
+    """Up and down again while many update."""
     async with Load(cluster).running(user, users=20, pause_s=0.4) as load:
         done = await asyncio.to_thread(
             cluster.command, "scale", "api=4", "gateway=3", timeout=SCALE_SECONDS_MAX

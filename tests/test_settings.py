@@ -31,6 +31,10 @@ def test_lists_and_quotas_are_read() -> None:
         ("UPDATE_RATE_LIMIT", "a lot"),
         ("TOP_RATE_LIMIT", ""),
         ("SCORE_INCREMENT_MAX", "0"),
+        ("OPERATION_RETENTION", "86399"),
+        ("OPERATION_RETENTION", "23h"),
+        ("OPERATION_RETENTION", "0d"),
+        ("OPERATION_RETENTION", "a day"),
         ("LOG_LEVEL", "loud"),
         ("REDIS_URL", "127.0.0.1"),
         ("SHARD_URLS", ""),
@@ -46,6 +50,25 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} must be .+") as refusal:
         ApiSettings.from_environ({**GOOD, name: value})
     assert "\n" not in str(refusal.value)
+
+
+def test_a_retention_has_a_unit_or_is_in_seconds() -> None:
+    """A day if nothing is said: what is promised for a key."""
+    for given, seconds in {"36h": 129_600, "7d": 604_800, "90000": 90_000, "1440m": 86_400}.items():
+        settings = ApiSettings.from_environ({**GOOD, "OPERATION_RETENTION": given})
+        assert settings.operation_retention == seconds
+    assert ApiSettings.from_environ(GOOD).operation_retention == 86_400
+
+
+def test_operations_are_kept_as_long_as_the_quota_counts() -> None:
+    """Without Redis the quota of updates is counted from them; that of reads is not."""
+    monthly = {**GOOD, "UPDATE_RATE_LIMIT": "100/month"}
+    with pytest.raises(
+        SettingsError, match=r"^OPERATION_RETENTION must be at least 2592000 seconds"
+    ):
+        ApiSettings.from_environ(monthly)
+    ApiSettings.from_environ({**monthly, "OPERATION_RETENTION": "30d"})
+    ApiSettings.from_environ({**GOOD, "TOP_RATE_LIMIT": "100/month"})
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -5,15 +5,16 @@ from collections.abc import AsyncIterator, Sequence
 
 import asyncpg
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from services.api import schema
+from services.api import migration, schema
 from services.api.partition import PARTITIONS, partition_of
-from services.api.shards import Moved, NoOwner, Operation, Recorded, Refusal, Shards
+from services.api.shards import Limit, Moved, NoOwner, Operation, Recorded, Refusal, Shards
 from services.api.submission import SCORE_MAX
-from services.api.writes import Writes
-from tests.cluster import Cluster
+from services.api.writes import NotWritten, Writes
+from tests.cluster import Cluster, eventually
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ async def test_a_batch_adds_each_increment_in_turn(shards: Shards, user: str) ->
     outcomes = await shards.record(0, batch)
 
     assert scores(outcomes) == [5, 7, 8]
-    latest = [one.latest.score for one in outcomes if isinstance(one, Recorded) and one.latest]
+    latest = [one.latest.score for one in outcomes if isinstance(one, Recorded)]
     assert latest == [8, 7, 8]
 
 
@@ -112,14 +113,91 @@ async def test_the_sum_of_the_operations_is_the_score(
 
 async def test_what_was_spent_is_counted_from_the_operations(shards: Shards, user: str) -> None:
     """For when Redis is away."""
-    (ana,) = users_on(shards, 0, user, 1)
-    assert (await shards.spent(ana, 3600)).count == 0
+    ana, ben = users_on(shards, 0, user, 2)
+    assert await shards.spent(0, [ana], 3600) == {}
     await shards.record(0, [Operation(ana, "1", 1), Operation(ana, "2", 1)])
-    spent = await shards.spent(ana, 3600)
+    spent = await shards.spent(0, [ana, ben, ana], 3600)
 
-    assert spent.count == 2
-    assert 0 <= spent.newest_s <= spent.oldest_s < 60
-    assert (await shards.spent(ana, 0)).count == 0
+    assert {user_id: one.count for user_id, one in spent.items()} == {ana: 2}
+    assert 0 <= spent[ana].newest_s <= spent[ana].oldest_s < 60
+    assert await shards.spent(0, [ana], 0) == {}
+
+
+async def test_a_limit_holds_over_concurrent_batches(
+    cluster: Cluster, shards: Shards, user: str
+) -> None:
+    """Of two replicas; a recorded operation is answered as before, and others are not limited."""
+    ana, ben = users_on(shards, 0, user, 2)
+    limit = Limit(10, 3600)
+    limited = [Operation(ana, str(number), 1, limit) for number in range(18)]
+    async with Shards.connect(cluster.shard_urls) as other:
+        await other.refresh_owners()
+        replicas = [Writes(shards), Writes(other)]
+        answers = await asyncio.gather(
+            *(replicas[number % 2].submit(one) for number, one in enumerate(limited))
+        )
+    outcomes = scores(answers)
+    assert outcomes.count(Refusal.OVER_LIMIT) == 8
+    assert sorted(one for one in outcomes if isinstance(one, int)) == list(range(1, 11))
+
+    first = next(
+        one for one, answer in zip(limited, answers, strict=True) if isinstance(answer, Recorded)
+    )
+    again = [first, Operation(ana, "new", 1, limit)]
+    mixed = await shards.record(0, [*again, Operation(ben, "1", 1, limit), Operation(ana, "x", 1)])
+    assert scores(mixed) == [outcomes[limited.index(first)], Refusal.OVER_LIMIT, 1, 11]
+
+
+async def test_the_same_operation_twice_in_a_batch(shards: Shards, user: str) -> None:
+    """Is sent once; with another increment it is refused."""
+    (ana,) = users_on(shards, 0, user, 1)
+    writes = Writes(shards)
+    await writes.submit(Operation(ana, "0", 1))  # So that what follows is one batch.
+    deltas = (5, 5, 6, 5)
+    outcomes = await asyncio.gather(*(writes.submit(Operation(ana, "1", one)) for one in deltas))
+
+    assert scores(outcomes) == [6, 6, Refusal.KEY_REUSED, 6]
+
+
+async def test_a_row_that_somebody_holds_stops_its_own_user_only(
+    cluster: Cluster, shards: Shards, user: str
+) -> None:
+    """Whoever is in the same batch is done at once, and the user is once the row is free."""
+    ana, *others = users_on(shards, 0, user, 20)
+    writes = Writes(shards)
+    await asyncio.gather(*(writes.submit(Operation(one, "0", 1)) for one in (ana, *others)))
+    holder = await asyncpg.connect(cluster.shard_urls[0])
+    hold = holder.transaction()
+    await hold.start()
+    await holder.execute("SELECT FROM user_scores WHERE user_id = $1 FOR UPDATE", ana)
+    held = asyncio.create_task(writes.submit(Operation(ana, "1", 1)))
+    neighbours = (writes.submit(Operation(one, "1", 1)) for one in others)
+
+    assert scores(await asyncio.gather(*neighbours)) == [2] * len(others)
+    assert not held.done()
+    await hold.rollback()
+    await holder.close()
+    assert scores([await held]) == [2]
+
+
+async def test_a_partition_attached_in_one_table_only_is_nobodys(
+    cluster: Cluster, shards: Shards, user: str
+) -> None:
+    """As it is in the middle of a move; its users wait, and then get a clear answer."""
+    (ana,) = users_on(shards, 0, user, 1)
+    name = f"score_ops_p{partition_of(ana):03}"
+    bound = f"FOR VALUES WITH (MODULUS {PARTITIONS}, REMAINDER {partition_of(ana)})"
+    source = await asyncpg.connect(cluster.shard_urls[0])
+    await source.execute(f"ALTER TABLE score_ops DETACH PARTITION {name} CONCURRENTLY")
+    try:
+        with pytest.raises(NotWritten):
+            await Writes(shards).submit(Operation(ana, "1", 1))
+        with pytest.raises(NoOwner):
+            shards.shard_of(ana)
+    finally:
+        await source.execute(f"ALTER TABLE score_ops ATTACH PARTITION {name} {bound}")
+        await source.close()
+    assert scores([await Writes(shards).submit(Operation(ana, "1", 1))]) == [1]
 
 
 async def test_a_partition_that_moves_is_followed(
@@ -156,7 +234,7 @@ async def test_a_partition_that_moves_is_followed(
 
 async def test_migrating_again_changes_nothing(cluster: Cluster) -> None:
     """Also twice at the same time."""
-    await asyncio.gather(*(schema.migrate(cluster.shard_urls) for _ in range(2)))
+    await asyncio.gather(*(migration.migrate(cluster.shard_urls) for _ in range(2)))
     async with Shards.connect(cluster.shard_urls) as shards:
         await shards.check()
         assert shards.is_complete
@@ -167,17 +245,59 @@ async def test_a_shard_that_is_missing_from_the_list_is_noticed(cluster: Cluster
     with pytest.raises(
         schema.SchemaError, match="128 of 256 partitions are on none of the 1 shards"
     ):
-        await schema.migrate(cluster.shard_urls[:1])
+        await migration.migrate(cluster.shard_urls[:1])
 
 
-async def test_another_schema_and_unsafe_settings_are_refused(cluster: Cluster) -> None:
-    """In one sentence that names the shard."""
+async def test_a_migration_waits_for_the_one_under_way(cluster: Cluster) -> None:
+    """However long that takes, and then finds nothing to do."""
+    holder = await asyncpg.connect(cluster.shard_urls[0])
+    await holder.execute("SELECT pg_advisory_lock($1)", migration.MIGRATION_LOCK)
+    waiting = asyncio.create_task(migration.migrate(cluster.shard_urls))
+    done, _ = await asyncio.wait({waiting}, timeout=1)
+    assert not done
+    await holder.close()
+    await waiting
+
+
+def test_the_code_needs_the_newest_revision() -> None:
+    """What a replica looks for is what a migration leads to."""
+    script = ScriptDirectory.from_config(migration.configuration())
+
+    assert script.get_current_head() == schema.HEAD
+
+
+async def test_another_schema_is_refused(cluster: Cluster) -> None:
+    """In one sentence that names the shard and the remedy."""
     plain = cluster.shard_urls[0].rpartition("/")[0] + "/template1"
     async with Shards.connect([plain]) as shards:
         with pytest.raises(
             schema.SchemaError, match=r"^Shard 0 has schema revision None, .* migrate"
         ):
             await shards.check()
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+async def test_a_shard_that_could_lose_a_commit_is_refused(cluster: Cluster, setting: str) -> None:
+    """200 means durable."""
+    operator = await asyncpg.connect(cluster.shard_urls[1])
+
+    async def configure(change: str) -> None:
+        await operator.execute(change)
+        await operator.execute("SELECT pg_reload_conf()")
+
+    async def is_on(wanted: bool) -> bool:
+        return (await operator.fetchval(f"SHOW {setting}") == "on") is wanted
+
+    try:
+        await configure(f"ALTER SYSTEM SET {setting} = off")
+        await eventually(lambda: is_on(False), what=f"{setting} is off")
+        async with Shards.connect(cluster.shard_urls) as shards:
+            with pytest.raises(schema.SchemaError, match=f"^Shard 1 runs with {setting}=off"):
+                await shards.check()
+    finally:
+        await configure(f"ALTER SYSTEM RESET {setting}")
+        await eventually(lambda: is_on(True), what=f"{setting} is on")
+        await operator.close()
 
 
 @pytest.mark.parametrize("table", schema.TABLES)
@@ -206,4 +326,5 @@ async def test_the_table_is_the_specifications(cluster: Cluster, table: str) -> 
             "CREATE UNIQUE INDEX user_scores_pkey ON ONLY public.user_scores USING btree (user_id)",
         ]
     else:
-        assert "(user_id, op_id)" in definitions[0]
+        key = {"score_ops": "(user_id, op_id)", "score_ops_pruned": "(user_id)"}[table]
+        assert [one.partition(" btree ")[2] for one in definitions] == [key]

@@ -3,11 +3,18 @@
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
+from typing import IO
 
-from tests.cluster import Cluster
+import pytest
+
+from services.scoreboard.home import ProcessState
+from services.scoreboard.supervisor import Program, Supervised
+from tests.cluster import COMMAND, Cluster
 from tests.test_command import left_running
 
 END_SECONDS_MAX = 10.0
@@ -15,9 +22,14 @@ END_SECONDS_MAX = 10.0
 
 async def eventually(holds: Callable[[], bool]) -> bool:
     """Whether it comes true in time."""
+    return await asyncio.to_thread(wait_until, holds)
+
+
+def wait_until(holds: Callable[[], bool]) -> bool:
+    """The same where nothing else is to be done meanwhile."""
     give_up_at = time.monotonic() + END_SECONDS_MAX
-    while not holds() and time.monotonic() < give_up_at:  # noqa: ASYNC110 - another process's doing
-        await asyncio.sleep(0.05)
+    while not holds() and time.monotonic() < give_up_at:
+        time.sleep(0.05)
     return holds()
 
 
@@ -45,8 +57,74 @@ async def test_a_killed_supervisor_leaves_nothing_behind(fresh: Cluster) -> None
     assert await eventually(lambda: not any(map(alive, servers)))
     async with fresh.client() as client:
         assert (await client.post("alice", 4)).json["newScore"] == 7
+    servers = pids(fresh)
+    os.kill(fresh.status()["pid"], signal.SIGKILL)
     fresh.down()
+    assert not any(map(alive, servers))
     assert await eventually(lambda: left_running(fresh.home) == [])
+
+
+def until(said: IO[str], words: str) -> None:
+    """Read until a line has the words."""
+    assert any(words in line for line in said), words
+
+
+def test_ctrl_c_leaves_nothing_whenever_it_comes(fresh: Cluster) -> None:
+    """During initdb, during the migration, and when all runs and nobody reads what is said.
+
+    Under nohup it does not end with its terminal.
+    """
+    up_command = [COMMAND, "up", f"--home={fresh.home}", f"--port={fresh.port}", "--shards=1"]
+    for moment in ("postgres-0   creating", "migrate      starting", "nginx        ready"):
+        with subprocess.Popen(
+            ["/usr/bin/env", "nohup", *up_command], stdout=PIPE, stderr=PIPE, text=True
+        ) as up:
+            assert up.stdout
+            assert up.stderr
+            until(up.stderr, moment)
+            if moment.startswith("nginx"):
+                until(up.stdout, "Stop it with")
+                up.stdout.close()
+                up.stderr.close()
+                up.send_signal(signal.SIGHUP)
+                fresh.kill("api-0")
+                assert wait_until(lambda: fresh.process("api-0")["restarts"] == 1)
+                assert wait_until(lambda: fresh.process("api-0")["state"] == "ready")
+            up.send_signal(signal.SIGINT)
+            if not up.stdout.closed:
+                assert up.stdout.read() == f"Stopped. The data stays in {fresh.home}\n"
+                assert up.wait(END_SECONDS_MAX) == 0
+        assert left_running(fresh.home) == []
+        assert not fresh.status()["running"]
+    assert (fresh.home / "postgres-0" / "PG_VERSION").exists()
+
+
+async def test_a_defect_costs_a_life_not_the_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody foresaw is reported, and the process started anew."""
+    defects = [KeyError("unforeseen")]
+
+    async def ready(_pid: int) -> bool:
+        if defects:
+            raise defects.pop()
+        return True
+
+    state = ProcessState(name="sleeper", log=str(tmp_path / "sleeper.log"))
+    program = Program(
+        argv=["/bin/sleep", "60"],
+        environ={},
+        ready=ready,
+        stop=((signal.SIGTERM, END_SECONDS_MAX),),
+        parent_death=signal.SIGKILL,
+    )
+    sleeper = Supervised(program, state, lambda: None)
+    try:
+        await sleeper.start()
+        assert (state.state, state.restarts) == ("ready", 1)
+    finally:
+        await sleeper.stop()
+    assert "KeyError: 'unforeseen'" in caplog.text
 
 
 def test_no_secret_is_shown(cluster: Cluster) -> None:
@@ -66,7 +144,7 @@ def test_no_secret_is_shown(cluster: Cluster) -> None:
 
 
 def test_a_wish_that_cannot_be_granted_changes_nothing(fresh: Cluster) -> None:
-    """`scale` whose new replica does not start says why, and the old ones go on."""
+    """`scale` says why, where a replica does not start or Nginx cannot be told; all go on."""
     fresh.up(api=1, gateway=1, shards=1)
     before = pids(fresh)
     secret = fresh.home / "secrets" / "jwt_secret"
@@ -78,6 +156,20 @@ def test_a_wish_that_cannot_be_granted_changes_nothing(fresh: Cluster) -> None:
     assert done.stderr.splitlines()[-1].startswith(
         "Error: api-1 died 3 times at start: JWT_SECRET must be "
     )
+    assert pids(fresh) == before
+
+    # Whoever rotates its log does not matter to it.
+    (fresh.home / "log" / "nginx.log").unlink()
+    assert fresh.command("scale", "api=2").returncode == 0
+    before = pids(fresh)
+    blocked = fresh.home / "run" / "nginx" / f".scoreboard.conf.{fresh.status()['pid']}"
+    blocked.mkdir()
+    done = fresh.command("scale", "api=1")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1,
+        f"Error: [Errno 21] Is a directory: '{blocked}'",
+    )
+    assert fresh.names("api-") == ["api-0", "api-1"]
     assert pids(fresh) == before
 
 

@@ -54,6 +54,7 @@ def test_a_minted_token_says_who_and_until_when() -> None:
         pytest.param({"sub": "a", "exp": str(LATER)}, id="expiry as text"),
         pytest.param({"sub": "a", "exp": [LATER]}, id="expiry as list"),
         pytest.param({"sub": "a", "exp": float("inf")}, id="endless"),
+        pytest.param({"sub": "a", "exp": 10**400}, id="a number that no float holds"),
         pytest.param({"sub": "a", "exp": True}, id="expiry as boolean"),
         pytest.param({"sub": "a", "exp": LATER, "nbf": LATER - 1}, id="not yet"),
         pytest.param({"sub": 1, "exp": LATER}, id="subject as number"),

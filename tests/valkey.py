@@ -40,9 +40,10 @@ class Valkey:
                 return False
 
     async def kill(self) -> None:
-        """End it as a crash does."""
+        """End it as a crash does, if it runs."""
         assert self._process is not None
-        self._process.kill()
+        if self._process.returncode is None:
+            self._process.kill()
         await self._process.wait()
 
     def forget(self) -> None:

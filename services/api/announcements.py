@@ -14,20 +14,27 @@ from services.api import metrics
 from services.api.batch import Batches, Overloaded
 from services.api.shards import DATABASE_FAILURES, Shards
 from shared.board import Score
-from shared.leaderboard import REDIS_FAILURES, Leaderboard
+from shared.leaderboard import REDIS_FAILURES, DamagedBoard, Leaderboard
 from shared.user_id import is_user_id
 
 BATCH_MAX = 500
 """Scores in one call of the script: it sorts that many rows in well under a millisecond."""
 
 QUEUE_MAX = 10_000
-"""Scores waiting for Redis; the ones past that are left to the rebuild."""
+"""Scores waiting for Redis; the ones past that are kept for later."""
 
-PATIENCE_S = 0.5
-"""A score that waited longer is left to the rebuild too, and its client is answered."""
+PATIENCE_S = 0.25
+"""A score that waited longer is kept for later too, and its client is answered."""
+
+MISSED_MAX = 10_000
+"""Scores kept until Redis is back; the ones past that are left to the rebuild."""
+
+REPAIR_PAUSE_S = 0.1
+"""Between two tries while Redis is away, however many scores are missed meanwhile."""
 
 REBUILD_PERIOD_S = 1.0
-"""How long the board may differ from PostgreSQL after a lost write; one replica does it for all."""
+"""How long the board may differ from PostgreSQL while all of it is there; one replica compares for
+all."""
 
 log = structlog.get_logger()
 
@@ -41,10 +48,11 @@ class Announcements:
         self._batches = Batches[Score, None](
             self._apply, batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
         )
-        self._rebuild_now = asyncio.Event()
+        self._missed: dict[str, Score] = {}
+        self._repair_now = asyncio.Event()
 
     async def announce(self, score: Score) -> None:
-        """Rank a committed score; returns when readers can see it, or it is left to the rebuild."""
+        """Rank a committed score; returns when readers can see it, or it is kept for later."""
         # Not below but equal may still matter: on equal scores who was first decides.
         if score.score < self._leaderboard.floor:
             metrics.ANNOUNCED.labels("below_floor").inc()
@@ -54,9 +62,17 @@ class Announcements:
         except (Overloaded, *REDIS_FAILURES, *DATABASE_FAILURES) as error:
             metrics.ANNOUNCED.labels("failed").inc()
             log.debug("leaderboard.not_announced", error=repr(error))
-            self._rebuild_now.set()
+            self._keep(score)
+            self._repair_now.set()
         else:
             metrics.ANNOUNCED.labels("sent").inc()
+
+    def _keep(self, score: Score) -> None:
+        kept = self._missed.get(score.user_id)
+        if kept is None and len(self._missed) >= MISSED_MAX:
+            return
+        if kept is None or kept.score < score.score:
+            self._missed[score.user_id] = score
 
     async def _apply(self, scores: Sequence[Score]) -> list[Exception | None]:
         # Of a user's scores in one batch the last is the highest.
@@ -66,14 +82,15 @@ class Announcements:
         return [None] * len(scores)
 
     async def keep_true(self) -> None:
-        """Compare Redis with PostgreSQL, for as long as the replica lives."""
+        """Send what was missed, and compare Redis with PostgreSQL, while the replica lives."""
         while True:
             try:
+                await self._send_missed()
                 if await self._leaderboard.claim_rebuild(int(REBUILD_PERIOD_S * 900)):
                     await self._rebuild()
                 else:
                     await self._leaderboard.refresh_floor()
-            except ResponseError as error:
+            except (ResponseError, DamagedBoard) as error:
                 # A key is of another type, or holds what is not ours.
                 log.error("leaderboard.damaged", error=repr(error))
                 metrics.REBUILDS.labels("damaged").inc()
@@ -81,12 +98,24 @@ class Announcements:
             except (*REDIS_FAILURES, *DATABASE_FAILURES) as error:
                 log.warning("leaderboard.rebuild_failed", error=repr(error))
                 metrics.REBUILDS.labels("failed").inc()
-            self._rebuild_now.clear()
+            self._repair_now.clear()
+            await asyncio.sleep(REPAIR_PAUSE_S)
             try:
                 async with asyncio.timeout(REBUILD_PERIOD_S):
-                    await self._rebuild_now.wait()
+                    await self._repair_now.wait()
             except TimeoutError:
                 continue
+
+    async def _send_missed(self) -> None:
+        """Needs no shard: one that is away must not hide what the others' users have reached."""
+        missed, self._missed = self._missed, {}
+        try:
+            if missed and not await self._leaderboard.apply(missed.values()):
+                await self._rebuild()
+        except (*REDIS_FAILURES, *DATABASE_FAILURES):
+            for score in missed.values():
+                self._keep(score)
+            raise
 
     async def _rebuild(self) -> None:
         """

@@ -22,6 +22,7 @@ from services.api.schema import SchemaError
 from services.api.settings import ApiSettings
 from services.api.shards import Shards
 from services.api.top import Top
+from services.api.upkeep import Retention, export
 from services.api.writes import Writes
 from shared.leaderboard import Leaderboard
 from shared.log import configure_logging
@@ -51,6 +52,11 @@ def main() -> None:
         uvloop.run(serve(settings, door))
     except (SettingsError, SchemaError) as error:
         exit_with(error)
+    except ExceptionGroup as failures:
+        wrong_schema = failures.subgroup(SchemaError)
+        if wrong_schema is None:
+            raise
+        exit_with(wrong_schema.exceptions[0])
 
 
 async def serve(settings: ApiSettings, door: socket.socket) -> None:
@@ -69,6 +75,7 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
         verifier = TokenVerifier(settings)
         announcements = Announcements(shards, leaderboard)
         writes = Writes(shards)
+        retention = Retention(settings.shard_urls, settings.operation_retention)
         app = create_app(
             settings,
             shards,
@@ -98,7 +105,12 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
             loop.add_signal_handler(ending, server.handle_exit, ending, None)
         # A background task that fails takes the replica down with it: better than half a replica.
         async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(announcements.keep_true())]
+            background = [
+                tasks.create_task(announcements.keep_true()),
+                tasks.create_task(shards.keep_complete()),
+                tasks.create_task(retention.keep_pruned()),
+                tasks.create_task(export(shards)),
+            ]
             if verifier.key_set is not None:
                 background.append(tasks.create_task(verifier.key_set.follow()))
             log.info("api.started", host=settings.host, port=settings.port)

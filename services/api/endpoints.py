@@ -1,8 +1,9 @@
 """The two endpoints: each reads as the contract's order of checks."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2s
+from typing import NoReturn
 
 import structlog
 from starlette.exceptions import HTTPException
@@ -12,8 +13,8 @@ from starlette.routing import Route
 
 from services.api.announcements import Announcements
 from services.api.batch import Overloaded
-from services.api.quota import Quota
-from services.api.shards import DATABASE_FAILURES, NoOwner, Operation, Refusal
+from services.api.quota import Allowance, Quota
+from services.api.shards import DATABASE_FAILURES, Limit, NoOwner, Operation, Refusal
 from services.api.submission import (
     InvalidBody,
     InvalidIncrement,
@@ -31,6 +32,9 @@ from shared.token import Claims, TokenVerifier, Unauthorized
 
 BODY_BYTES_MAX = 4096
 """The longest honest body is a user id of 255 characters, at most 12 bytes each as an escape."""
+
+SERVER_ERROR = 500
+"""From this status on it is our fault."""
 
 TOP_FRESH_S = 1
 """For how long a cache may show the board: the specification's CDN, at most a second behind."""
@@ -77,10 +81,10 @@ async def update_score(request: Request) -> Response:
     submission = await _read_submission(request)
     if isinstance(submission, Submission) and submission.user_id != claims.subject:
         raise _unauthorized()
-    await _spend(request, api.update_quota, claims.subject)
+    limit = await _spend(request, api.update_quota, claims.subject)
     if isinstance(submission, Refused):
         raise submission
-    operation = _operation(request, submission, api.score_increment_max)
+    operation = _operation(request, submission, api.score_increment_max, limit)
     try:
         outcome = await api.writes.submit(operation)
     except Overloaded:
@@ -91,8 +95,10 @@ async def update_score(request: Request) -> Response:
         raise Refused(400, "Invalid score increment")
     if outcome is Refusal.KEY_REUSED:
         raise Refused(409, "Idempotency key reused")
-    if outcome.latest is not None:
-        await api.announcements.announce(outcome.latest)
+    if outcome is Refusal.OVER_LIMIT:
+        await _refuse_over_quota(request, api.update_quota, claims.subject)
+    # Also of a replay: its first answer may have been lost before the board had it.
+    await api.announcements.announce(outcome.latest)
     return _json(b'{"status":"success","message":"Score updated","newScore":%d}' % outcome.score)
 
 
@@ -113,7 +119,8 @@ async def top_scores(request: Request) -> Response:
         "ETag": etag,
         "Cache-Control": f"public, max-age={TOP_FRESH_S}, s-maxage={TOP_FRESH_S}",
     }
-    if etag in request.headers.get("if-none-match", ""):
+    known = request.headers.get("if-none-match", "")
+    if etag in known or known.strip() == "*":
         return Response(status_code=304, headers=headers)
     return _json(body, headers)
 
@@ -150,19 +157,34 @@ async def _read_submission(request: Request) -> Submission | Refused:
         return Refused(400, "Invalid request body")
 
 
-async def _spend(request: Request, quota: Quota, client: str) -> None:
+async def _spend(request: Request, quota: Quota, client: str) -> Limit | None:
+    """Count the request; returns what the write has to keep to as well."""
+    allowance = await _counted(quota.spend(client, request.state.request_id))
+    request.state.quota_headers = allowance.headers(quota.name)
+    if not allowance.allowed:
+        raise Refused(429, "Too many requests")
+    return allowance.at_write
+
+
+async def _refuse_over_quota(request: Request, quota: Quota, client: str) -> NoReturn:
+    """Others of the client's requests have used it up since this one was counted."""
+    allowance = await _counted(quota.recount(client))
+    request.state.quota_headers = allowance.headers(quota.name)
+    raise Refused(429, "Too many requests")
+
+
+async def _counted(counting: Awaitable[Allowance]) -> Allowance:
     try:
-        allowance = await quota.spend(client)
+        return await counting
     except Overloaded:
         raise _overloaded() from None
     except (NoOwner, *DATABASE_FAILURES):  # Redis is away, and the shard could not count it.
         raise _not_written() from None
-    request.state.quota_headers = allowance.headers(quota.name)
-    if not allowance.allowed:
-        raise Refused(429, "Too many requests")
 
 
-def _operation(request: Request, submission: Submission, increment_max: int) -> Operation:
+def _operation(
+    request: Request, submission: Submission, increment_max: int, limit: Limit | None
+) -> Operation:
     """The increment, under the client's key or the edge's id; the prefix keeps the two apart."""
     try:
         delta = read_increment(submission.increment, increment_max)
@@ -172,7 +194,7 @@ def _operation(request: Request, submission: Submission, increment_max: int) -> 
         raise Refused(400, "Invalid score increment") from None
     except InvalidKey:
         raise Refused(400, "Invalid idempotency key") from None
-    return Operation(user_id=submission.user_id, op_id=op_id, delta=delta)
+    return Operation(submission.user_id, op_id, delta, limit)
 
 
 def _json(body: bytes, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
@@ -183,8 +205,10 @@ _MESSAGES = {404: "Not found", 405: "Method not allowed"}
 """Of the statuses that Starlette itself answers with."""
 
 
-async def refuse(_request: Request, error: Exception) -> Response:
-    """The one place where a refusal becomes an answer."""
+async def refuse(request: Request, error: Exception) -> Response:
+    """The one place where a refusal becomes an answer; ours is logged, with the request's id."""
     assert isinstance(error, HTTPException)  # noqa: S101
+    say = log.warning if error.status_code >= SERVER_ERROR else log.debug
+    say("request.refused", path=request.url.path, status=error.status_code, error=error.detail)
     message = _MESSAGES.get(error.status_code, error.detail)
     return _json(error_body(message), error.headers, error.status_code)

@@ -50,3 +50,22 @@ QUOTA_FALLBACKS = Counter(
 TOP_READS = Counter(
     "scoreboard_top_reads_total", "Where a read of the top 10 came from", ["source"]
 )
+PRUNED = Counter(
+    "scoreboard_operations_pruned_total", "Old operations removed by this replica", ["shard"]
+)
+PRUNE_FAILURES = Counter(
+    "scoreboard_prune_failures_total", "Passes over a shard's operations that failed", ["shard"]
+)
+OLDEST_OPERATION = Gauge(
+    "scoreboard_oldest_operation_timestamp_seconds",
+    "When the oldest operation was written that the last pass, any replica's, has left",
+    ["shard"],
+)
+AUDIT_DIFFERENCES = Gauge(
+    "scoreboard_audit_differences",
+    "Users whose score was not the sum of their operations in the shard's last audit",
+    ["shard"],
+)
+AUDIT_FINISHED = Gauge(
+    "scoreboard_audit_finished_timestamp_seconds", "When that audit ended", ["shard"]
+)

@@ -9,7 +9,8 @@ import hashlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -22,7 +23,7 @@ from redis.exceptions import NoScriptError
 
 from services.api import metrics
 from services.api.batch import Batches
-from services.api.shards import Shards
+from services.api.shards import NOTHING_SPENT, Limit, Shards, Spent
 from shared.leaderboard import REDIS_FAILURES
 
 BATCH_MAX = 500
@@ -31,7 +32,10 @@ BATCH_MAX = 500
 QUEUE_MAX = 10_000
 """Checks waiting for Redis; the one past that is refused as overload."""
 
-PATIENCE_S = 1.0
+PATIENCE_S = 0.5
+
+ID_LENGTH = 16
+"""Of a request's id: 64 bits tell a client's requests of one window apart, in half the memory."""
 
 log = structlog.get_logger()
 
@@ -43,6 +47,7 @@ class Allowance:
     Attributes:
         whole_in_s: Seconds until nothing of it is used any more.
         retry_in_s: Seconds until the next request is allowed; 0 when it is now.
+        at_write: What the write has to keep to, because counting and writing are two steps here.
     """
 
     allowed: bool
@@ -51,6 +56,7 @@ class Allowance:
     remaining: int
     whole_in_s: float
     retry_in_s: float
+    at_write: Limit | None = None
 
     def headers(self, name: str) -> dict[str, str]:
         """
@@ -87,70 +93,119 @@ class Quota:
         self._rate = rate
         self._redis = redis
         self._fallback = fallback
-        self._script = files("services.api").joinpath("quota.lua").read_text(encoding="utf-8")
+        # Under a name of its own, so that each quota learns by itself that Redis has forgotten it.
+        script = files("services.api").joinpath("quota.lua").read_text(encoding="utf-8")
+        self._script = f"-- {name}\n{script}"
         self._sha = hashlib.sha1(self._script.encode(), usedforsecurity=False).hexdigest()
-        self._batches = Batches[str, Allowance](
+        # In Redis for one window from such a moment on: what it has counted is not all.
+        self._gap_key = f"{{scoreboard}}:gap:{name}"
+        self._window_ms = rate.get_expiry() * 1000
+        # Whether requests were counted elsewhere, or Redis has forgotten some, and that key must be set.
+        self._gap = False
+        self._has_counted = False
+        self._batches = Batches[tuple[str, str], tuple[Allowance, bool]](
             self._spend, batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
         )
 
-    async def spend(self, client: str) -> Allowance:
+    async def spend(self, client: str, request_id: str) -> Allowance:
         """
-        Count one request of the client, if it is allowed.
+        Count one request of the client, if it is allowed; the same request counts once.
 
         Raises:
             Overloaded: If too many wait to be counted.
         """
         try:
-            return await self._batches.submit(client)
+            counted, is_incomplete = await self._batches.submit((client, request_id[:ID_LENGTH]))
         except REDIS_FAILURES as error:
             metrics.QUOTA_FALLBACKS.labels(self.name).inc()
             log.debug("quota.unavailable", quota=self.name, error=repr(error))
             return await self._fallback(client)
+        if is_incomplete and counted.allowed:
+            other = await self._fallback(client)
+            return replace(min(counted, other, key=_room), at_write=other.at_write)
+        return counted
 
-    async def _spend(self, clients: Sequence[str]) -> list[Allowance | Exception]:
+    async def recount(self, client: str) -> Allowance:
+        """What is left to a client whose request was refused only when it was to be written."""
+        return replace(await self._fallback(client), allowed=False, remaining=0)
+
+    async def _spend(
+        self, requests: Sequence[tuple[str, str]]
+    ) -> list[tuple[Allowance, bool] | Exception]:
         try:
-            answers = await self._run(clients)
-        except NoScriptError:  # Redis has restarted: nothing of the pipeline was done.
-            await self._redis.script_load(self._script)
-            answers = await self._run(clients)
+            try:
+                answers, is_incomplete = await self._run(requests)
+            except NoScriptError:  # Redis has restarted: nothing was counted.
+                self._gap |= self._has_counted
+                await self._redis.script_load(self._script)
+                answers, is_incomplete = await self._run(requests)
+        except REDIS_FAILURES:
+            self._gap = True
+            raise
+        self._gap, self._has_counted = False, True
         return [
-            allowance(
-                self._rate,
-                allowed=bool(allowed),
-                remaining=remaining,
-                whole_in_s=whole_in_ms / 1000,
-                retry_in_s=retry_in_ms / 1000,
+            (
+                allowance(
+                    self._rate,
+                    allowed=bool(allowed),
+                    remaining=remaining,
+                    whole_in_s=whole_in_ms / 1000,
+                    retry_in_s=retry_in_ms / 1000,
+                ),
+                is_incomplete,
             )
             for allowed, remaining, whole_in_ms, retry_in_ms in answers
         ]
 
-    async def _run(self, clients: Sequence[str]) -> list[Any]:
+    async def _run(self, requests: Sequence[tuple[str, str]]) -> tuple[list[Any], bool]:
         # Not redis-py's Script: in a pipeline it asks whether the script exists, every time.
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for client in clients:
+            if self._gap:
+                pipeline.set(self._gap_key, 1, px=self._window_ms)
+            pipeline.exists(self._gap_key)
+            for client, request_id in requests:
                 pipeline.evalsha(
                     self._sha,
                     1,
                     self._rate.key_for(self.name, client),
                     self._rate.amount,
-                    self._rate.get_expiry() * 1000,
+                    self._window_ms,
+                    request_id,
                 )
-            return await pipeline.execute()
+            answers = await pipeline.execute()
+        return answers[-len(requests) :], bool(answers[-len(requests) - 1])
+
+
+def _room(one: Allowance) -> tuple[bool, int, float]:
+    return one.allowed, one.remaining, -one.whole_in_s
 
 
 def count_operations(rate: RateLimitItem, shards: Shards) -> Fallback:
     """Count a user's updates from the operations in PostgreSQL; other requests cost nothing then."""
+    limit = Limit(rate.amount, rate.get_expiry())
+
+    async def spent(shard: int, user_ids: Sequence[str]) -> list[Spent]:
+        found = await shards.spent(shard, user_ids, limit.window_s)
+        return [found.get(user_id, NOTHING_SPENT) for user_id in user_ids]
+
+    # One a shard, so that a slow one delays its own users only.
+    queues = [
+        Batches[str, Spent](
+            partial(spent, shard), batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
+        )
+        for shard in range(shards.count)
+    ]
 
     async def count(user_id: str) -> Allowance:
-        window_s = rate.get_expiry()
-        spent = await shards.spent(user_id, window_s)
-        allowed = spent.count < rate.amount
+        used = await queues[shards.shard_of(user_id)].submit(user_id)
+        allowed = used.count < limit.count
         return allowance(
             rate,
             allowed=allowed,
-            remaining=max(0, rate.amount - spent.count - allowed),
-            whole_in_s=window_s if allowed else window_s - spent.newest_s,
-            retry_in_s=0 if allowed else window_s - spent.oldest_s,
+            remaining=max(0, limit.count - used.count - allowed),
+            whole_in_s=limit.window_s - (0 if allowed else used.newest_s),
+            retry_in_s=0 if allowed else limit.window_s - used.oldest_s,
+            at_write=limit,
         )
 
     return count
@@ -175,7 +230,13 @@ def count_in_memory(rate: RateLimitItem) -> Fallback:
 
 
 def allowance(
-    rate: RateLimitItem, *, allowed: bool, remaining: int, whole_in_s: float, retry_in_s: float
+    rate: RateLimitItem,
+    *,
+    allowed: bool,
+    remaining: int,
+    whole_in_s: float,
+    retry_in_s: float,
+    at_write: Limit | None = None,
 ) -> Allowance:
     """An :class:`Allowance` of this rate."""
     return Allowance(
@@ -185,4 +246,5 @@ def allowance(
         remaining=remaining,
         whole_in_s=whole_in_s,
         retry_in_s=retry_in_s,
+        at_write=at_write,
     )

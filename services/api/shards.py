@@ -6,11 +6,11 @@ costs a third of the time and needs no explicit transaction (measured: 308 again
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from importlib.resources import files
 from typing import Any, Self
 
 import asyncpg
@@ -20,31 +20,48 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.api import schema
-from services.api.engine import STATEMENT_TIMEOUT_S, open_engine
+from services.api.engine import LOCK_TIMEOUT_S, open_engine, sql
 from services.api.partition import PARTITIONS, partition_of
 from shared.board import BOARD_SIZE, Score, best
+
+CHECK_PERIOD_S = 1.0
+"""Between two looks for a shard that was away when the replica started."""
 
 log = structlog.get_logger()
 
 
-def _sql(name: str) -> str:
-    return files("services.api").joinpath("sql", name).read_text(encoding="utf-8")
+_RECORD = sql("record.sql")
+_RECORDED = sql("recorded.sql")
+_TOP = sql("top.sql")
+_SCORES = sql("scores.sql")
+_SPENT = sql("spent.sql")
+_TAKE_TURNS = sql("take_turns.sql")
+_UPKEEP = sql("upkeep.sql")
+
+TURN_MS_MAX = 500
+"""A replica that freezes in its turn loses it after this long; the others try again until then."""
 
 
-_RECORD = _sql("record.sql")
-_RECORDED = _sql("recorded.sql")
-_TOP = _sql("top.sql")
-_SCORES = _sql("scores.sql")
-_SPENT = _sql("spent.sql")
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most ``count`` operations of a user in any ``window_s`` seconds."""
+
+    count: int
+    window_s: int
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One increment, checked, with the id under which it counts once."""
+    """One increment, checked, with the id under which it counts once.
+
+    Attributes:
+        limit: What the user's operations must stay within, where Redis could not see to that.
+    """
 
     user_id: str
     op_id: str
     delta: int
+    limit: Limit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +69,22 @@ class Recorded:
     """The increment is committed.
 
     Attributes:
+        delta: What was added.
         score: The user's score right after it; on a replay, as the first time.
-        latest: The user's score after the whole batch; None on a replay.
+        latest: The user's score by now.
     """
 
+    delta: int
     score: int
-    latest: Score | None
+    latest: Score
 
 
 class Refusal(Enum):
-    """Why an increment was not added, and never will be under this id."""
+    """Why an increment was not added; only what is over a limit may be later under this id."""
 
     SCORE_TOO_HIGH = "the score would not fit its column"
     KEY_REUSED = "the id stands for another increment"
+    OVER_LIMIT = "the user has as many operations as the limit allows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +92,12 @@ class Moved:
     """The increment was not added: its partition is not on this shard any more."""
 
 
-Outcome = Recorded | Refusal | Moved
+@dataclass(frozen=True, slots=True)
+class Contended:
+    """The increment was not added: somebody else holds the user's row for longer than that."""
+
+
+Outcome = Recorded | Refusal | Moved | Contended
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +106,31 @@ class Spent:
 
     Attributes:
         count: Operations within the window.
-        oldest_s: Seconds since the first of them; 0 when there is none.
+        oldest_s: Seconds since the first of them.
         newest_s: Seconds since the last of them.
     """
 
     count: int
     oldest_s: float
     newest_s: float
+
+
+NOTHING_SPENT = Spent(count=0, oldest_s=0, newest_s=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """How a shard's last audit and last pruning ended; NaN where there was none.
+
+    Attributes:
+        audited_at: Unix seconds.
+        differences: Users whose score was not the sum of their operations.
+        oldest_operation_at: Unix seconds, of the operations that were left.
+    """
+
+    audited_at: float
+    differences: float
+    oldest_operation_at: float
 
 
 class NoOwner(Exception):
@@ -140,6 +183,7 @@ class Shards:
 
     def __init__(self, engines: Sequence[AsyncEngine]) -> None:
         self._engines = engines
+        self._unchecked = set(range(len(engines)))
         self._owner: dict[int, int] = {}
         self._owner_lock = asyncio.Lock()
         self._owners_read_at = 0.0
@@ -151,7 +195,7 @@ class Shards:
         async with AsyncExitStack() as stack:
             engines = []
             for url in urls:
-                engine = open_engine(url, statement_timeout_s=STATEMENT_TIMEOUT_S)
+                engine = open_engine(url)
                 stack.push_async_callback(engine.dispose)
                 engines.append(engine)
             yield cls(engines)
@@ -185,20 +229,28 @@ class Shards:
 
     async def check(self) -> None:
         """
-        Read the owner map, and check that reachable shards have this version's schema.
+        Read the owner map, and check that shards not yet heard of have this version's schema.
 
         Raises:
             SchemaError: If one has not. A shard that is away is no error: the others serve.
         """
-        for number, engine in enumerate(self._engines):
+        for number in sorted(self._unchecked):
             try:
-                async with engine.connect() as connection:
+                async with self._engines[number].connect() as connection:
                     await schema.check(connection, f"Shard {number}")
             except DATABASE_FAILURES as error:
                 if not is_transient(error):
                     raise
                 log.warning("shard.away", shard=number, error=repr(error))
+            else:
+                self._unchecked.discard(number)
         await self.refresh_owners()
+
+    async def keep_complete(self) -> None:
+        """Check the shards that were away at the start once they are there, then end."""
+        while self._unchecked or not self.is_complete:
+            await asyncio.sleep(CHECK_PERIOD_S)
+            await self.check()
 
     async def refresh_owners(self) -> None:
         """Read anew from every reachable shard which partitions it owns; who waits shares one read."""
@@ -240,30 +292,36 @@ class Shards:
         Raises:
             Exception: See :func:`is_transient`; nothing or everything of it was committed.
         """
-        columns = (
-            [operation.user_id for operation in operations],
-            [operation.op_id for operation in operations],
-            [operation.delta for operation in operations],
-        )
+        over: set[tuple[str, str]] = set()
         try:
             async with self._driver(shard) as driver:
-                rows = await driver.fetch(_RECORD, *columns)
+                if any(operation.limit for operation in operations):
+                    # Replicas take turns: what one has counted, none adds to before it is done. Each
+                    # statement must see what was committed while the first one waited.
+                    async with driver.transaction(isolation="read_committed"):
+                        await driver.fetch(
+                            _TAKE_TURNS,
+                            schema.TURNS_LOCK,
+                            str(TURN_MS_MAX),
+                            f"{LOCK_TIMEOUT_S * 1000:.0f}",
+                        )
+                        over = await _over_limit(driver, operations)
+                        within = [one for one in operations if (one.user_id, one.op_id) not in over]
+                        rows = await driver.fetch(_RECORD, *_columns(within))
+                else:
+                    rows = await driver.fetch(_RECORD, *_columns(operations))
         except asyncpg.UniqueViolationError:
             return await self._record_unknown(shard, operations)
         except asyncpg.CheckViolationError:
             return await self._record_owned(shard, operations)
-        recorded = {
-            (row["user_id"], row["op_id"]): Recorded(
-                score=row["score"],
-                latest=Score(row["user_id"], row["latest"], row["reached_us"]),
-            )
-            for row in rows
-        }
+        recorded = {(row["user_id"], row["op_id"]): _recorded(row) for row in rows}
         outcomes: list[Outcome] = []
         for operation in operations:
             outcome = recorded.get((operation.user_id, operation.op_id))
             if outcome is not None:
                 outcomes.append(outcome)
+            elif (operation.user_id, operation.op_id) in over:
+                outcomes.append(Refusal.OVER_LIMIT)
             elif len(operations) == 1:
                 outcomes.append(Refusal.SCORE_TOO_HIGH)
             else:  # Together with the user's others it is too much; alone it may fit.
@@ -273,11 +331,7 @@ class Shards:
     async def _record_unknown(self, shard: int, operations: Sequence[Operation]) -> list[Outcome]:
         """Some are recorded already: answer those as the first time, and record the others."""
         async with self._driver(shard) as driver:
-            rows = await driver.fetch(
-                _RECORDED,
-                [operation.user_id for operation in operations],
-                [operation.op_id for operation in operations],
-            )
+            rows = await driver.fetch(_RECORDED, *_columns(operations)[:2])
         known = {(row["user_id"], row["op_id"]): row for row in rows}
         unknown = [
             operation
@@ -288,7 +342,7 @@ class Shards:
         return [
             next(fresh)
             if (row := known.get((operation.user_id, operation.op_id))) is None
-            else Recorded(score=row["score"], latest=None)
+            else _recorded(row)
             if row["delta"] == operation.delta
             else Refusal.KEY_REUSED
             for operation in operations
@@ -302,8 +356,8 @@ class Shards:
             for operation in operations
             if self._owner.get(partition_of(operation.user_id)) == shard
         ]
-        if len(owned) == len(operations):  # Detached and attached again in between.
-            return await self.record(shard, operations)
+        if len(owned) == len(operations):  # Attached again in between, or not in every table.
+            return [Moved()] * len(operations)
         kept = iter(await self.record(shard, owned) if owned else [])
         return [
             next(kept) if self._owner.get(partition_of(operation.user_id)) == shard else Moved()
@@ -335,11 +389,16 @@ class Shards:
             rows = await driver.fetch(sql, *arguments)
         return [Score(row["user_id"], row["score"], row["reached_us"]) for row in rows]
 
-    async def spent(self, user_id: str, window_s: float) -> Spent:
-        """Count the user's operations of the last ``window_s`` seconds."""
-        async with self._driver(self.shard_of(user_id)) as driver:
-            row = await driver.fetchrow(_SPENT, user_id, window_s)
-        return Spent(count=row["count"], oldest_s=row["oldest_s"], newest_s=row["newest_s"])
+    async def spent(self, shard: int, user_ids: Sequence[str], window_s: float) -> dict[str, Spent]:
+        """Count the operations of users of a shard in the last ``window_s`` seconds, where any."""
+        async with self._driver(shard) as driver:
+            return await _spent(driver, user_ids, window_s)
+
+    async def upkeep(self, shard: int) -> Upkeep:
+        """What the shard says of its last audit and pruning."""
+        async with self._driver(shard) as driver:
+            row = await driver.fetchrow(_UPKEEP)
+        return Upkeep(**row)
 
     @asynccontextmanager
     async def _driver(self, shard: int) -> AsyncIterator[Any]:
@@ -352,8 +411,50 @@ class Shards:
                 # SQLAlchemy cannot know: its own check (pre-ping) is three round trips.
                 await connection.invalidate()
                 driver = (await connection.get_raw_connection()).driver_connection
+                assert driver is not None, "checked out"  # noqa: S101
             try:
                 yield driver
-            except (OSError, TimeoutError, asyncpg.InterfaceError):
+            except (OSError, TimeoutError, asyncpg.InterfaceError, asyncio.CancelledError):
+                # Else SQLAlchemy says goodbye first, and waits 2 s for a frozen server's answer.
+                driver.terminate()
                 await connection.invalidate()
                 raise
+
+
+def _columns(operations: Sequence[Operation]) -> tuple[list[str], list[str], list[int]]:
+    return (
+        [operation.user_id for operation in operations],
+        [operation.op_id for operation in operations],
+        [operation.delta for operation in operations],
+    )
+
+
+async def _spent(driver: Any, user_ids: Sequence[str], window_s: float) -> dict[str, Spent]:
+    rows = await driver.fetch(_SPENT, sorted(set(user_ids)), window_s)
+    return {row["user_id"]: Spent(row["count"], row["oldest_s"], row["newest_s"]) for row in rows}
+
+
+async def _over_limit(driver: Any, operations: Sequence[Operation]) -> set[tuple[str, str]]:
+    """User and id of each operation that its limit has no room for; a recorded one needs none."""
+    rows = await driver.fetch(_RECORDED, *_columns(operations)[:2])
+    known = {(row["user_id"], row["op_id"]) for row in rows}
+    over = set()
+    for limit in {operation.limit for operation in operations if operation.limit}:
+        asking = [
+            (one.user_id, one.op_id)
+            for one in operations
+            if one.limit == limit and (one.user_id, one.op_id) not in known
+        ]
+        spent = await _spent(driver, [user_id for user_id, _ in asking], limit.window_s)
+        used = Counter({user_id: one.count for user_id, one in spent.items()})
+        for user_id, op_id in asking:
+            if used[user_id] < limit.count:
+                used[user_id] += 1
+            else:
+                over.add((user_id, op_id))
+    return over
+
+
+def _recorded(row: Mapping[str, Any]) -> Recorded:
+    latest = Score(row["user_id"], row["latest"], row["reached_us"])
+    return Recorded(delta=row["delta"], score=row["score"], latest=latest)

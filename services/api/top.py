@@ -50,9 +50,7 @@ class Top:
         return await self._batches.submit(None)
 
     async def _read_for(self, readers: Sequence[None]) -> list[Standings | Exception]:
-        standings = await self._read()
-        self._last = (time.monotonic(), standings)
-        return [standings] * len(readers)
+        return [await self._read()] * len(readers)
 
     async def _read(self) -> Standings:
         try:
@@ -62,14 +60,18 @@ class Top:
             board = None
         if board is not None:
             metrics.TOP_READS.labels("redis").inc()
-            return board.standings
+            return self._remember(board.standings)
         try:
             scores = await self._shards.top()
         except DATABASE_FAILURES as error:
             log.warning("shards.unavailable", error=repr(error))
             return self._remembered()
         metrics.TOP_READS.labels("postgresql").inc()
-        return tuple(Standing(score.user_id, score.score) for score in scores)
+        return self._remember(tuple(Standing(score.user_id, score.score) for score in scores))
+
+    def _remember(self, standings: Standings) -> Standings:
+        self._last = (time.monotonic(), standings)
+        return standings
 
     def _remembered(self) -> Standings:
         if self._last is None or time.monotonic() - self._last[0] > STALE_MAX_S:

@@ -1,14 +1,15 @@
-"""The way of an increment into PostgreSQL: queued, committed with its neighbours, retried once safe.
+"""The way of an increment into PostgreSQL: queued, committed with its neighbours, tried again.
 
-This is the only layer that retries: redis-py's and SQLAlchemy's own retries are off, and Nginx
-replays only a request whose replica died, under the same id.
+This is the only layer of ours that tries again: redis-py's own retries are off. Nginx sends a request
+again whose replica died or froze, under the same id.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+import asyncpg
 import structlog
 from tenacity import (
     AsyncRetrying,
@@ -23,6 +24,7 @@ from services.api import metrics
 from services.api.batch import Batches
 from services.api.shards import (
     DATABASE_FAILURES,
+    Contended,
     Moved,
     NoOwner,
     Operation,
@@ -36,8 +38,9 @@ from services.api.shards import (
 ATTEMPTS_MAX = 4
 """The first try and three retries: the contract's number."""
 
-DEADLINE_S = 2.0
-"""For one batch, retries included. Nginx waits 5 s, and the queue before it takes at most 1 s."""
+DEADLINE_S = 3.0
+"""For one batch, retries included: four statements that time out, and the waits between them.
+With the queue before it and the announcement after it, still under the 5 s that Nginx waits."""
 
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 0.4
 """Full jitter over min(0.4, 0.05 * 2**n): a shard that restarts is back within a few tenths."""
@@ -48,7 +51,10 @@ BATCH_MAX = 500
 QUEUE_MAX = 4096
 """Operations waiting for one shard: about a tenth of a second of its capacity."""
 
-QUEUE_PATIENCE_S = 1.0
+QUEUE_PATIENCE_S = 0.75
+
+REST_S = 0.25
+"""For which a shard that did not take a batch is left alone; then one increment tries it for all."""
 
 OWNER_WAIT_S = 0.05
 """Between two looks at the catalogs for the owner of a partition that moves or whose shard is away."""
@@ -56,26 +62,38 @@ OWNER_WAIT_S = 0.05
 log = structlog.get_logger()
 
 
+Result = Outcome | Exception
+
+
 class NotWritten(Exception):
     """The increment was not seen to be committed; sent again under its id it counts once."""
 
 
 class Writes:
-    """One queue a shard, so that a slow shard delays its own users only."""
+    """Two queues a shard: a slow shard delays its own users only, and a locked row its own user."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
         self._queues = [
-            Batches[Operation, Outcome](
-                partial(self._commit, shard),
-                batch_max=BATCH_MAX,
-                queue_max=QUEUE_MAX,
-                patience_s=QUEUE_PATIENCE_S,
-            )
-            for shard in range(shards.count)
+            self._queue(shard, self._commit, BATCH_MAX) for shard in range(shards.count)
         ]
+        # Whose row somebody else holds waits here, one by one, and nobody waits behind them.
+        self._contended = [self._queue(shard, self._commit, 1) for shard in range(shards.count)]
+        # Of each shard that is away: until when it rests, and until when somebody tries it.
+        self._resting_until: dict[int, float] = {}
+        self._trying_until: dict[int, float] = {}
         for shard, queue in enumerate(self._queues):
             metrics.QUEUE.labels(shard).set_function(queue.__len__)
+
+    def _queue(
+        self, shard: int, commit: Callable[..., Awaitable[list[Result]]], batch_max: int
+    ) -> Batches[Operation, Outcome]:
+        return Batches(
+            partial(commit, shard),
+            batch_max=batch_max,
+            queue_max=QUEUE_MAX,
+            patience_s=QUEUE_PATIENCE_S,
+        )
 
     async def submit(self, operation: Operation) -> Recorded | Refusal:
         """
@@ -85,53 +103,92 @@ class Writes:
             Overloaded: If it was not started.
             NotWritten: If it could not be written within tries and deadline.
         """
+        queues = self._queues
         until = time.monotonic() + DEADLINE_S
         while True:
             try:
                 shard = self._shards.shard_of(operation.user_id)
             except NoOwner:
-                pass
+                await self._wait_for_owner(until)
+                continue
+            self._refuse_while_away(shard)
+            outcome = await queues[shard].submit(operation)
+            if isinstance(outcome, Contended):
+                queues = self._contended
+            elif isinstance(outcome, Moved):
+                await self._wait_for_owner(until)
             else:
-                outcome = await self._queues[shard].submit(operation)
-                if not isinstance(outcome, Moved):
-                    return outcome
-            if time.monotonic() > until:
-                raise NotWritten
-            await asyncio.sleep(OWNER_WAIT_S)
-            await self._shards.refresh_owners()
+                return outcome
 
-    async def _commit(
-        self, shard: int, operations: Sequence[Operation]
-    ) -> list[Outcome | Exception]:
-        """Commit a batch; an operation id that occurs twice in it is taken in turn."""
-        outcomes: dict[int, Outcome | Exception] = {}
-        left = list(enumerate(operations))
-        while left:
-            turn: dict[tuple[str, str], tuple[int, Operation]] = {}
-            for place, operation in left:
-                turn.setdefault((operation.user_id, operation.op_id), (place, operation))
-            places = [place for place, _ in turn.values()]
-            found = await self._try([operation for _, operation in turn.values()], shard)
-            outcomes |= zip(places, found, strict=True)
-            left = [entry for entry in left if entry[0] not in outcomes]
-        return [outcomes[place] for place in range(len(operations))]
+    def _refuse_while_away(self, shard: int) -> None:
+        """Fail the users of a shard that is away at once, but for the one who tries it."""
+        if shard not in self._resting_until:
+            return
+        now = time.monotonic()
+        if now < max(self._resting_until[shard], self._trying_until.get(shard, 0)):
+            raise NotWritten
+        self._trying_until[shard] = now + DEADLINE_S
 
-    async def _try(
-        self, operations: Sequence[Operation], shard: int
-    ) -> Sequence[Outcome | Exception]:
-        started = time.perf_counter()
-        outcomes: Sequence[Outcome | Exception]
+    async def _wait_for_owner(self, until: float) -> None:
         try:
-            outcomes = await self._retrying(shard)(self._shards.record, shard, operations)
+            async with asyncio.timeout(until - time.monotonic()):
+                await asyncio.sleep(OWNER_WAIT_S)
+                await self._shards.refresh_owners()
+        except TimeoutError:
+            raise NotWritten from None
+
+    async def _commit(self, shard: int, operations: Sequence[Operation]) -> list[Result]:
+        """Commit a batch; the same operation twice in it is sent once."""
+        if time.monotonic() < self._resting_until.get(shard, 0):
+            return [NotWritten()] * len(operations)  # They waited behind the batch that failed.
+        first = {(one.user_id, one.op_id): one for one in reversed(operations)}
+        sent = list(first.values())
+        outcomes = dict(zip(sent, await self._try(shard, sent), strict=True))
+        return [
+            _as_twin(one, outcomes[sent_one]) if one is not sent_one else outcomes[sent_one]
+            for one in operations
+            for sent_one in [first[one.user_id, one.op_id]]
+        ]
+
+    async def _try(self, shard: int, operations: Sequence[Operation]) -> Sequence[Result]:
+        started = time.perf_counter()
+        outcomes: Sequence[Outcome]
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                outcomes = await self._retrying(shard)(self._record, shard, operations)
         except DATABASE_FAILURES as error:
             metrics.WRITE_FAILURES.labels(shard).inc(len(operations))
             log.error("write.failed", shard=shard, operations=len(operations), error=repr(error))
+            # It is not the shard that is away where somebody holds a row for long, or where this
+            # replica has been frozen itself: then far more than the deadline is over.
+            was_frozen = time.perf_counter() - started > DEADLINE_S + REST_S
+            is_locked = isinstance(error, asyncpg.LockNotAvailableError)
+            if is_transient(error) and not is_locked and not was_frozen:
+                self._resting_until[shard] = time.monotonic() + REST_S
+                self._trying_until.pop(shard, None)
             if is_transient(error) or len(operations) == 1:
                 return [NotWritten()] * len(operations)
             # Something about one of them: the others must not suffer for it.
-            return [(await self._try([operation], shard))[0] for operation in operations]
+            return [(await self._try(shard, [operation]))[0] for operation in operations]
+        self._resting_until.pop(shard, None)
+        self._trying_until.pop(shard, None)
         metrics.BATCH_SECONDS.labels(shard).observe(time.perf_counter() - started)
         metrics.BATCH_OPERATIONS.labels(shard).observe(len(operations))
+        return outcomes
+
+    async def _record(self, shard: int, operations: Sequence[Operation]) -> list[Outcome]:
+        try:
+            return await self._shards.record(shard, operations)
+        except asyncpg.LockNotAvailableError:
+            if len(operations) == 1:
+                raise
+        # Somebody holds one of the rows, and the statement failed for all.
+        outcomes: list[Outcome] = []
+        for operation in operations:
+            try:
+                outcomes += await self._shards.record(shard, [operation])
+            except asyncpg.LockNotAvailableError:
+                outcomes.append(Contended())
         return outcomes
 
     def _retrying(self, shard: int) -> AsyncRetrying:
@@ -150,4 +207,12 @@ class Writes:
 
     async def drain(self) -> None:
         """Wait until everything that was submitted is committed or failed."""
-        await asyncio.gather(*(queue.drain() for queue in self._queues))
+        await asyncio.gather(*(queue.drain() for queue in (*self._queues, *self._contended)))
+
+
+def _as_twin(operation: Operation, outcome: Result) -> Result:
+    """What the second of two operations with one id gets for the outcome of the first."""
+    if isinstance(outcome, Recorded) and operation.delta != outcome.delta:
+        return Refusal.KEY_REUSED
+    # Where the first one was refused as too much, the second may be less: it is sent by itself.
+    return Moved() if outcome is Refusal.SCORE_TOO_HIGH else outcome

@@ -5,19 +5,20 @@ import logging
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Coroutine
 from typing import Any
 
 import structlog
 import uvloop
-from picows import ws_create_server
+from picows import WSCloseCode, WSProtocolError, ws_create_server
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from starlette.applications import Starlette
 
 from services.gateway import metrics
-from services.gateway.clients import Clients
+from services.gateway.clients import RECEIVE_ONLY, Clients
 from services.gateway.feed import Feed
 from services.gateway.handshake import Handshake
 from services.gateway.settings import GatewaySettings
@@ -40,7 +41,9 @@ REDIS_TIMEOUT_S = 1.0
 """To connect, and to answer: a read is repeated each second anyhow."""
 
 FRAME_BYTES_MAX = 1024
-"""Of what a client may send. It may send nothing, but control frames hold up to 125 bytes."""
+"""Of what is read of a frame, which bounds what a connection may make us keep. A client may send
+nothing, but control frames hold up to 125 bytes. Whoever announces a frame up to this long and
+never ends it has until the next pong is due."""
 
 HANDSHAKE_TIMEOUT_S = 5.0
 
@@ -77,7 +80,14 @@ def main() -> None:
 
 
 def _ours_to_mend(record: logging.LogRecord) -> bool:
-    """Leave out what a client did wrong: it got its close code, and could fill the log."""
+    """Leave out what a client did wrong: it got its close code, and could fill the log.
+
+    For the contract a frame too long to be read is a frame like any other. picows would close with
+    1009, but asks its exception only after it has logged it; there is no other place to say so.
+    """
+    error = sys.exception()
+    if isinstance(error, WSProtocolError) and error.args[0] == WSCloseCode.MESSAGE_TOO_BIG:
+        error.args = (WSCloseCode.POLICY_VIOLATION, RECEIVE_ONLY)
     return not str(record.msg).startswith("WS parser error")
 
 

@@ -60,6 +60,9 @@ class Close(IntEnum):
     TOO_MANY_CONNECTIONS = 4429
 
 
+RECEIVE_ONLY = "receive-only"
+"""What is said with the code, to whoever has to mend the client."""
+
 CLOSE_CODES_RECEIVABLE = frozenset({*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)})
 """What a peer may send: the rest is reserved, or not for the wire (RFC 6455, section 7.4)."""
 
@@ -137,7 +140,7 @@ class Client(WSListener):
         elif frame.msg_type in (WSMsgType.PING, WSMsgType.PONG):
             self._control_frame(frame)
         else:
-            self.close(Close.RECEIVE_ONLY, "receive-only")
+            self.close(Close.RECEIVE_ONLY, RECEIVE_ONLY)
 
     def _closed_by_client(self, payload: bytes) -> None:
         if self._close_by is None:

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 
 from services.gateway import metrics
 from shared.board import Board, decode_board, live_message
-from shared.leaderboard import CHANNEL, REDIS_FAILURES, Leaderboard
+from shared.leaderboard import CHANNEL, REDIS_FAILURES, DamagedBoard, Leaderboard
 
 COMPARE_EVERY_S = 1.0
 """Between reads: how long a board lost on the channel stays unseen."""
@@ -123,7 +123,7 @@ class Feed:
     async def _read(self) -> None:
         try:
             board = await self._leaderboard.read() or NO_SCORES
-        except ValueError:
+        except DamagedBoard:
             metrics.BOARDS_UNREADABLE.inc()
             return
         self._take(board, source="poll")

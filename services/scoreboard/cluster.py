@@ -7,18 +7,21 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from services.scoreboard.home import (
+    ORPHANS_POLL_S,
+    ORPHANS_SECONDS_MAX,
     REPLICAS_MAX,
     ClusterError,
     Home,
     ProcessState,
     State,
-    command_line,
+    born,
     last_line,
+    still_running,
 )
 from services.scoreboard.servers import Binaries, Nginx, Postgres, http_status, valkey, valkey_url
 from services.scoreboard.supervisor import Identity, Port, Program, Supervised, run_once
@@ -39,13 +42,13 @@ REPLICA_STOP_SECONDS = DRAIN_SECONDS + 10.0
 FILES_MAX = 65536
 """A WebSocket takes one in its gateway and two in Nginx; many systems give 1024 unless asked."""
 
-ORPHANS_SECONDS_MAX, ORPHANS_POLL_S = 30.0, 0.1
-"""A shard's last checkpoint is the slowest end of a server."""
-
 SERVICE_VARIABLES = (
-    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "JWT_SECRET",
+    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "DRAIN_SECONDS",
 )  # fmt: skip
 """Set for each service here; the user's own, and their ``*_FILE`` twins, are for another cluster."""
+
+TOKEN_VARIABLES = "JWT_"  # noqa: S105 - a prefix
+"""Of those too: `scoreboard token` signs with the home's secret and names no audience."""
 
 
 class Cluster:
@@ -67,6 +70,7 @@ class Cluster:
         self._shown = shown
         self._state = State(
             pid=os.getpid(),
+            born=born(os.getpid()),
             port=port,
             url=f"http://127.0.0.1:{port}/",
             secrets_dir=str(home.secrets),
@@ -89,7 +93,9 @@ class Cluster:
         _raise_file_limit()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._asked_to_stop.set)
+            # nohup ignores SIGHUP for us.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                loop.add_signal_handler(number, self._asked_to_stop.set)
         loop.add_signal_handler(signal.SIGUSR1, self._wished.set)
         orphans = self._home.orphans()
         self._changed()
@@ -100,13 +106,15 @@ class Cluster:
                 await self._unless_stopped(self._wished.wait())
                 if self._wished.is_set():
                     self._wished.clear()
-                    await self._unless_stopped(self._grant(self._home.wish()))
-        except ClusterError as error:
+                    await self._unless_stopped(self._grant())
+        except (ClusterError, OSError) as error:
             self._state.error = str(error)
             raise
         finally:
-            self._phase("stopping")
-            await self._stop()
+            try:
+                self._phase("stopping")
+            finally:
+                await self._stop()
             for reserved in self._ports.values():
                 reserved.release()
             self._phase("stopped")
@@ -135,6 +143,8 @@ class Cluster:
         self._home.write_secret("shard_urls", ",".join(map(postgres.url, shard_ports)))
         self._home.write_secret("redis_url", valkey_url(self._home, valkey_port))
         self._home.secret("jwt_secret")
+        self._check_settings()
+        self._home.rotate_logs()
 
         for shard, port in enumerate(shard_ports):
             self._shards.append(
@@ -150,7 +160,7 @@ class Cluster:
             self._replicas[service] = [self._replica(service, index) for index in range(count)]
         nginx_log = self._home.log / "nginx.log"
         self._edge = Nginx(binaries.nginx, self._home, edge, nginx_log)
-        self._edge.render(self._ports_of("api"), self._ports_of("gateway"))
+        self._edge.render(_ports(self._replicas["api"]), _ports(self._replicas["gateway"]))
         self._nginx.append(self._supervised("nginx", self._edge.program(), edge))
 
         await self._create_shards(postgres)
@@ -161,6 +171,18 @@ class Cluster:
             *(server.start() for server in self._nginx),
         )
         self._phase("ready")
+
+    def _check_settings(self) -> None:
+        # Here, because nothing else of the command needs them: they take a while.
+        from services.api.settings import ApiSettings
+        from services.gateway.settings import GatewaySettings
+        from shared.settings import SettingsError
+
+        try:
+            for settings in (ApiSettings, GatewaySettings):
+                settings.from_environ(self._environ())
+        except SettingsError as error:
+            raise ClusterError(str(error)) from None
 
     async def _create_shards(self, postgres: Postgres) -> None:
         for server in self._shards[self._home.shards() :]:
@@ -181,12 +203,13 @@ class Cluster:
         state.state = "done"
         self._changed()
 
-    async def _grant(self, wish: Mapping[str, str | int]) -> None:
+    async def _grant(self) -> None:
+        wish = self._home.wish()
         if not wish:
             return
         try:
             await self._scale({name: int(wish[name]) for name in self._replicas if name in wish})
-        except ClusterError as error:
+        except (ClusterError, OSError) as error:
             self._state.wish_error = str(error)
         else:
             self._state.wish_error = None
@@ -198,13 +221,16 @@ class Cluster:
         Run that many replicas of each service, failing no request on the way.
 
         New ones are ready before Nginx hears of them; old ones end only after no worker of Nginx
-        knows them any more.
+        knows them any more. All of it, or nothing changes.
         """
-        added, removed = [], []
+        before = self._replicas
+        added, removed, after = [], [], before.copy()
         for service, count in counts.items():
-            replicas = self._replicas[service]
-            removed += replicas[count:]
-            added += [self._replica(service, index) for index in range(len(replicas), count)]
+            kept = before[service][:count]
+            removed += before[service][count:]
+            new = [self._replica(service, index) for index in range(len(kept), count)]
+            added += new
+            after[service] = kept + new
         if not added and not removed:
             return
         try:
@@ -212,16 +238,26 @@ class Cluster:
         except BaseException:
             await self._end(added)
             raise
-        for service, replicas in self._replicas.items():
-            replicas += [one for one in added if one.state.name.startswith(f"{service}-")]
-            self._replicas[service] = [one for one in replicas if one not in removed]
         try:
-            self._edge.render(self._ports_of("api"), self._ports_of("gateway"))
-            await self._edge.reload(lambda: self._nginx[0].signal(signal.SIGHUP))
+            await self._route(after)
+        except BaseException:
+            # Nginx may yet have heard of the new ones.
+            with suppress(OSError):
+                self._edge.render(_ports(before["api"]), _ports(before["gateway"]))
+                self._nginx[0].signal(signal.SIGHUP)
+            await self._end(added)
+            raise
+        self._replicas = after
+        try:
             if removed:
                 await asyncio.sleep(OLD_WORKERS_SECONDS)
         finally:
             await self._end(removed)
+
+    async def _route(self, replicas: Mapping[str, list[Supervised]]) -> None:
+        """Make Nginx send requests to these and no others."""
+        self._edge.render(_ports(replicas["api"]), _ports(replicas["gateway"]))
+        await self._edge.reload(self._nginx[0])
 
     async def _end(self, replicas: list[Supervised]) -> None:
         """Stop them and forget them."""
@@ -264,7 +300,12 @@ class Cluster:
     def _environ(self) -> dict[str, str]:
         """The user's settings for the services, with this cluster's addresses and secrets."""
         ours = {name for base in SERVICE_VARIABLES for name in (base, f"{base}_FILE")}
-        return {name: value for name, value in os.environ.items() if name not in ours} | {
+        users = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ours and not name.startswith(TOKEN_VARIABLES)
+        }
+        return users | {
             "HOST": "127.0.0.1",
             "SHARD_URLS_FILE": str(self._home.secrets / "shard_urls"),
             "REDIS_URL_FILE": str(self._home.secrets / "redis_url"),
@@ -280,9 +321,6 @@ class Cluster:
         state = ProcessState(name=name, log=str(self._home.log / f"{name}.log"), port=port)
         self._state.processes.append(state)
         return state
-
-    def _ports_of(self, service: str) -> list[int]:
-        return [replica.state.port for replica in self._replicas[service] if replica.state.port]
 
     def _port(self) -> int:
         port = Port()
@@ -306,10 +344,15 @@ class Cluster:
         self._changed()
 
     def _changed(self) -> None:
-        # On a full disk the servers matter more than what is said of them.
+        # On a full disk, or where nobody reads, the servers matter more than what is said of them.
         with suppress(OSError):
             self._home.write_state(self._state)
-        self._shown(self._state)
+        with suppress(OSError):
+            self._shown(self._state)
+
+
+def _ports(replicas: Sequence[Supervised]) -> list[int]:
+    return [replica.state.port for replica in replicas if replica.state.port]
 
 
 def _raise_file_limit() -> None:
@@ -320,10 +363,12 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-async def _wait_for(orphans: set[int]) -> None:
+async def _wait_for(orphans: Sequence[ProcessState]) -> None:
     """Let the servers of a killed supervisor give back their port and data directories."""
     give_up_at = time.monotonic() + ORPHANS_SECONDS_MAX
-    while any(map(command_line, orphans)) and time.monotonic() < give_up_at:  # noqa: ASYNC110
+    while any(orphan.alive() for orphan in orphans):
+        if time.monotonic() > give_up_at:
+            raise still_running(orphans)
         await asyncio.sleep(ORPHANS_POLL_S)
 
 
@@ -344,10 +389,10 @@ def shard_count(home: Home, wanted: int | None) -> int:
     How many shards to start: those wanted, else those the home has, else two.
 
     Raises:
-        ClusterError: If the home's data lives on more.
+        ClusterError: If the home's data lives on another number.
     """
     there = home.shards()
-    if wanted is not None and wanted < there:
+    if there and wanted not in (None, there):
         raise ClusterError(
             f"The data in {home.path} lives on {there} shards, so it cannot be served by "
             f"{wanted}: leave --shards out, or choose another --home."

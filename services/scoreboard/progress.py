@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
@@ -13,7 +14,11 @@ import click
 from services.scoreboard.home import ProcessState, State
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
     from rich.table import Table
+
+LINES_OF_STEPS = 8
+"""Where there is no terminal for a bar: enough to see that it goes on, and how fast."""
 
 LOG_POLL_S = 0.2
 
@@ -57,7 +62,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):  # The terminal may be gone.
+                self._live.stop()
 
     def show(self, state: State) -> None:
         """Show what is new in it."""
@@ -85,11 +91,61 @@ class Progress:
         return table
 
 
+class Steps:
+    """How far something of a known length has got: a bar on a terminal, else a few lines."""
+
+    def __init__(self, name: str, unit: str, total: int) -> None:
+        self._name = name
+        self._unit = unit
+        self._total = total
+        self._done = 0
+        self._began = time.monotonic()
+        self._bar: Bar | None = None
+        if sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn(unit),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(name, total=total)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.advance(self._task)
+        elif self._done * LINES_OF_STEPS % self._total < LINES_OF_STEPS:
+            elapsed = f"{time.monotonic() - self._began:.1f} s"
+            line = f"{elapsed:>7}  {self._name:<12} {self._done} of {self._total} {self._unit}"
+            click.echo(line, err=True)
+
+
 def _news(process: ProcessState) -> str:
     return process.state + (f", restart {process.restarts}" if process.restarts else "")
 
 
-def greeting(state: State, token: str, command: str, home_option: str) -> str:
+def greeting(state: State, token: str, token_command: str, down_command: str) -> str:
     """How to look at the board and move it, for who has just started it."""
     url = state.url.rstrip("/")
     return "\n".join(
@@ -98,10 +154,10 @@ def greeting(state: State, token: str, command: str, home_option: str) -> str:
             "",
             "A first score:",
             f'  curl -X POST {url}/api/scores/update -H "Content-Type: application/json" \\',
-            f'    -H "Authorization: Bearer $({command} token alice{home_option})" \\',
+            f'    -H "Authorization: Bearer $({token_command})" \\',
             '    -d \'{"userId":"alice","scoreIncrement":10}\'',
             "",
-            f"Stop it with: {command} down{home_option}",
+            f"Stop it with: {down_command}",
         )
     )
 
@@ -135,7 +191,9 @@ def _span(seconds: float) -> str:
     return f"{whole // 60} min" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def log_lines(folder: Path, name: str | None, *, follow: bool) -> Iterator[tuple[str, str]]:
+def log_lines(
+    folder: Path, name: str | None, *, follow: bool
+) -> Generator[tuple[str, str], None, None]:
     """
     Every line of every log as ``(process, line)``; see :func:`find_logs` for ``name``.
 
@@ -143,20 +201,30 @@ def log_lines(folder: Path, name: str | None, *, follow: bool) -> Iterator[tuple
     that are new, and after the next `up`.
     """
     files: dict[Path, IO[str]] = {}
-    while True:
-        for path in find_logs(folder, name):
-            # After a rotation the path is another file.
-            if path in files and path.stat().st_ino != os.fstat(files[path].fileno()).st_ino:
-                files.pop(path).close()
-            known = path in files
-            file = files[path] if known else path.open(encoding="utf-8", errors="replace")
-            files[path] = file
-            lines = file.read().splitlines()
-            shown = lines[-LOG_LINES_BEFORE_FOLLOWING:] if follow and not known else lines
-            yield from ((path.stem, line) for line in shown)
-        if not follow:
-            return
-        time.sleep(LOG_POLL_S)
+    begun: dict[Path, str] = {}
+    try:
+        while True:
+            for path in find_logs(folder, name):
+                # After a rotation the path is another file.
+                if path in files and path.stat().st_ino != os.fstat(files[path].fileno()).st_ino:
+                    files.pop(path).close()
+                    begun.pop(path, None)
+                known = path in files
+                file = files[path] if known else path.open(encoding="utf-8", errors="replace")
+                files[path] = file
+                text = begun.pop(path, "") + file.read()
+                if follow and not text.endswith("\n"):
+                    # The rest of the line is yet to be written.
+                    text, _, begun[path] = text.rpartition("\n")
+                lines = text.splitlines()
+                shown = lines[-LOG_LINES_BEFORE_FOLLOWING:] if follow and not known else lines
+                yield from ((path.stem, line) for line in shown)
+            if not follow:
+                return
+            time.sleep(LOG_POLL_S)
+    finally:
+        for file in files.values():
+            file.close()
 
 
 def find_logs(folder: Path, name: str | None) -> list[Path]:

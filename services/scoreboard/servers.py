@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,8 +20,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
-from services.scoreboard.home import ClusterError, Home, command_line, last_line
-from services.scoreboard.supervisor import Identity, Program, run_once
+from services.scoreboard.home import (
+    ClusterError,
+    Home,
+    children,
+    command_line,
+    last_line,
+    replace_file,
+)
+from services.scoreboard.supervisor import Identity, Program, Supervised, run_once
 
 POSTGRES_USER = POSTGRES_DATABASE = "postgres"
 
@@ -302,6 +309,7 @@ def valkey(binary: Path, home: Home, port: int) -> Program:
     """The server; its password stands in a file of its own, not among the arguments."""
     data = home.path / "valkey"
     data.mkdir(exist_ok=True)
+    data.chmod(0o700)
     password = home.secret("valkey_password")
     settings = home.write_secret(
         "valkey.conf",
@@ -310,7 +318,7 @@ def valkey(binary: Path, home: Home, port: int) -> Program:
                 "bind 127.0.0.1",
                 f"port {port}",
                 f"requirepass {password}",
-                f'dir "{data}"',
+                "dir .",  # Its own quoting is not ours to know.
                 "appendonly yes",
                 # A second of the leaderboard may be lost: it is rebuilt from the shards.
                 "appendfsync everysec",
@@ -336,6 +344,7 @@ def valkey(binary: Path, home: Home, port: int) -> Program:
         ready=ready,
         stop=((signal.SIGTERM, 10.0),),
         parent_death=signal.SIGTERM,
+        cwd=data,
     )
 
 
@@ -366,11 +375,11 @@ class Nginx:
             "RESOLVER": "",
             "API_SERVERS": _servers(api),
             "GATEWAY_SERVERS": _servers(gateway),
-            "PAGE_ROOT": f'"{package / "html"}"',
+            "PAGE_ROOT": _quoted(str(package / "html")),
         }
         template = (package / "scoreboard.conf.template").read_text(encoding="utf-8")
         text = re.sub(r"\$\{([A-Z_]+)\}", lambda name: values[name[1]], template)
-        self._configuration.write_text(text, encoding="utf-8")
+        replace_file(self._configuration, text)
 
     def program(self) -> Program:
         """The server, in the foreground."""
@@ -399,28 +408,30 @@ class Nginx:
             "-e", "stderr", "-g", directives, *more,
         ]  # fmt: skip
 
-    async def reload(self, send_hangup: Callable[[], None]) -> None:
+    async def reload(self, master: Supervised) -> None:
         """
         Make the running server use the configuration as rendered last; return when it does.
+
+        That is when it has as many workers as it should that it had not before.
 
         Raises:
             ClusterError: If it refuses it, and so goes on with the one before.
         """
         if await run_once(self._argv("-t"), ENVIRON, self._log, Identity()) != 0:
             raise ClusterError(f"nginx refuses its configuration: {last_line(self._log)}")
-        read_from = self._log.stat().st_size
-        send_hangup()
+        before = children(master.state.pid)
+        master.signal(signal.SIGHUP)
         try:
             async with asyncio.timeout(RELOAD_SECONDS_MAX):
-                while self._workers_started(read_from) < NGINX_WORKERS:  # noqa: ASYNC110
+                while len(children(master.state.pid) - before) < NGINX_WORKERS:  # noqa: ASYNC110
                     await asyncio.sleep(RELOAD_POLL_S)
         except TimeoutError:
             raise ClusterError(f"nginx did not reload: {last_line(self._log)}") from None
 
-    def _workers_started(self, read_from: int) -> int:
-        with self._log.open("rb") as log:
-            log.seek(read_from)
-            return len(re.findall(rb"(?m)\[notice\] .*: start worker process \d+$", log.read()))
+
+def _quoted(text: str) -> str:
+    """As a parameter of Nginx's configuration; only a ``$`` cannot be written there."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _servers(ports: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from services.scoreboard.home import ClusterError, ProcessState, last_line
+from services.scoreboard.home import ClusterError, ProcessState, born, last_line
 
 READY_SECONDS_MAX = 60.0
 """From the first start to ready; crash recovery of a large shard is the slowest of them."""
@@ -38,6 +39,8 @@ KILL_SECONDS_MAX = 5.0
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWUSER = 0x10000000
 _libc = ctypes.CDLL(None, use_errno=True)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Program:
         ready: Whether the process of that pid can serve; may raise OSError for no.
         stop: The signals that end it, each with the seconds it gets; SIGKILL follows.
         parent_death: What it gets when the supervisor itself is killed.
+        cwd: Where it runs.
     """
 
     argv: Sequence[str]
@@ -90,6 +94,7 @@ class Program:
     stop: Sequence[tuple[signal.Signals, float]]
     parent_death: signal.Signals
     identity: Identity = field(default_factory=Identity)
+    cwd: Path = Path("/")
 
 
 class Port:
@@ -186,7 +191,15 @@ class Supervised:
     async def _keep(self) -> None:
         deaths = 0
         while True:
-            ready_at = await self._live_once()
+            try:
+                ready_at = await self._live_once()
+            except Exception:
+                # It ends this life, not the watch: without one a later death would go unseen.
+                logger.exception("%s is started anew, because of a defect here", self.state.name)
+                ready_at = None
+                if self._process is not None:
+                    await self._kill(self._process)
+                    self._process = self.state.pid = None
             if ready_at is not None and time.monotonic() - ready_at > STEADY_S:
                 deaths = 0
             deaths += 1
@@ -211,7 +224,7 @@ class Supervised:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    cwd="/",
+                    cwd=self._program.cwd,
                     **self._program.identity.arguments(self._program.parent_death),
                 )
         except (OSError, subprocess.SubprocessError) as error:
@@ -219,7 +232,8 @@ class Supervised:
                 log.write(f"{self._program.argv[0]} cannot be started: {error}\n".encode())
             return None
         self._process = process
-        self.state.pid, self.state.started_at = process.pid, time.time()
+        self.state.pid, self.state.born = process.pid, born(process.pid)
+        self.state.started_at = time.time()
         self._changed()
         ready_at: float | None = None
         death = asyncio.create_task(process.wait())

@@ -114,7 +114,7 @@ async def test_a_client_that_does_not_read_gets_the_newest_board_when_it_does(
         pytest.param(BINARY, b"", True, 1008, id="empty binary"),
         pytest.param(0x01, b"first of", True, 1008, id="fragment"),
         pytest.param(CONTINUATION, b"rest", True, 1002, id="continuation of nothing"),
-        pytest.param(TEXT, b"x" * 2000, True, 1009, id="oversized"),
+        pytest.param(TEXT, b"x" * 2000, True, 1008, id="oversized"),
         pytest.param(TEXT, b"hello", False, 1002, id="unmasked"),
         pytest.param(0xC1, b"hello", True, 1002, id="reserved bit"),
         pytest.param(0x83, b"hello", True, 1002, id="reserved opcode"),
@@ -144,10 +144,11 @@ async def test_every_frame_but_a_control_frame_closes_the_connection(
 
 async def test_receive_only_is_said(gateway: Gateway) -> None:
     """The reason tells a developer what is wrong."""
-    async with gateway.connect() as client:
-        await client.send("hello")
+    for message in ("hello", b"x" * 2000, "x" * 2_000_000):
+        async with gateway.connect() as client:
+            await client.send(message)
 
-        assert await closed(client) == (1008, "receive-only")
+            assert await closed(client) == (1008, "receive-only")
 
 
 async def test_a_ping_is_answered_and_a_flood_of_them_is_not(gateway: Gateway) -> None:

@@ -34,8 +34,8 @@ WITH operation AS (
            raised.score - total.delta + operation.up_to_it, raised.last_updated
     FROM operation JOIN total USING (user_id) JOIN raised USING (user_id)
     ORDER BY user_id, op_id
-    RETURNING user_id, op_id, score
+    RETURNING user_id, op_id, delta, score
 )
-SELECT user_id, op_id, kept.score, raised.score AS latest,
+SELECT user_id, op_id, kept.delta, kept.score, raised.score AS latest,
        (extract(epoch FROM raised.last_updated) * 1000000)::bigint AS reached_us
 FROM kept JOIN raised USING (user_id)

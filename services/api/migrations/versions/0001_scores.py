@@ -1,8 +1,11 @@
-"""Scores, and the operations they are the sum of.
+"""Scores, the operations they are the sum of, and what became of older ones.
 
-``user_scores`` is the specification's table, partitioned. ``score_ops`` has a row for each
-increment ever counted: its key is what makes a retry harmless, ``score`` is what the first answer
-said, and together they are the audit trail. The same partitioning keeps a user's rows together.
+``user_scores`` is the specification's table, partitioned. ``score_ops`` has a row for each recent
+increment: its key is what makes a retry harmless, ``score`` is what the first answer said.
+``score_ops_pruned`` has what the rows that were removed added up to, so that at every moment a
+score is the sum of both. The same partitioning keeps a user's rows together.
+
+``upkeep`` is one row about the shard itself: how its last audit and its last pruning ended.
 """
 
 from alembic import op
@@ -23,6 +26,7 @@ def upgrade() -> None:
         """
     )
     op.execute("CREATE INDEX idx_user_scores_score ON user_scores (score DESC)")
+    # No index on `created_at`: every writer would pay for what one job a shard can look up.
     op.execute(
         """
         CREATE TABLE score_ops (
@@ -35,3 +39,24 @@ def upgrade() -> None:
         ) PARTITION BY HASH (user_id)
         """
     )
+    op.execute(
+        """
+        CREATE TABLE score_ops_pruned (
+            user_id VARCHAR(255) PRIMARY KEY,
+            delta BIGINT NOT NULL,
+            operations BIGINT NOT NULL
+        ) PARTITION BY HASH (user_id)
+        """
+    )
+    op.execute(
+        """
+        CREATE TABLE upkeep (
+            audited_at TIMESTAMP,
+            users BIGINT,
+            differences BIGINT,
+            pruned_at TIMESTAMP,
+            oldest_operation_at TIMESTAMP
+        )
+        """
+    )
+    op.execute("INSERT INTO upkeep DEFAULT VALUES")

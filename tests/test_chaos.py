@@ -1,0 +1,329 @@
+"""Lost replies, crashed shards, zombies: every acknowledged increment counts once all the same.
+
+The short forms run by default, the long ones (marker `chaos`) by `make test-chaos`.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from services.api.partition import partition_of
+from tests.cluster import Cluster, Json, eventually
+from tests.load import Load, miscounted
+from tests.proxies import CommitCutter, Fate, cutting, listening, through
+from tests.replica import api_replica
+
+CUT_SHARE = 0.2
+"""Of the commits; half of these before and half after."""
+
+LONG = (pytest.mark.chaos, pytest.mark.timeout(600))
+
+ENDLESS = 1_000_000
+
+FROZEN_S = 8.0
+"""Longer than Nginx waits for a replica."""
+
+BACK_S_MAX = 10.0
+"""The supervisor waits up to 2 s between deaths in a row, and the load goes on."""
+
+EDGE_DEADLINE_S = 5.5
+"""Within which Nginx answers whatever happens, and half a second for a busy machine."""
+
+API_DEADLINE_S = 3.0
+"""Within which the API answers: Nginx takes a replica that needs longer for a frozen one."""
+
+UNTOUCHED_S = 2.0
+"""For those whom a fault does not concern, on a machine as busy as this: less than a try that fails."""
+
+DISK_ROOM_BYTES = 40 * 2**20
+"""Left to a shard before its disk is filled: it takes 16 MB at a time for its log."""
+
+NOTICED_S_MAX = 60.0
+"""A table needs more room on its disk only once in a hundred increments."""
+
+NO_QUOTA = {"UPDATE_RATE_LIMIT": "1000000/hour"}
+"""What is counted here is scores."""
+
+
+@pytest.mark.parametrize("increments", [60, pytest.param(250, marks=LONG)])
+async def test_a_commit_whose_reply_is_lost_counts_once(
+    cluster: Cluster, user: str, tmp_path: Path, increments: int
+) -> None:
+    """Of 20 users; a fifth of the commits is cut off, before it or before its reply."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    async with (
+        cutting(cluster.shard_urls, share=CUT_SHARE, seed=seed) as (shard_urls, cutters),
+        api_replica(cluster, tmp_path / "cut.log", shard_urls=shard_urls, **NO_QUOTA) as cut,
+        api_replica(cluster, tmp_path / "whole.log", **NO_QUOTA) as whole,
+    ):
+        load = Load(cluster, [cut])
+        await load.all_of(user, users=20, increments=increments)
+        # Another replica, on the shards themselves, has the same answers for the same keys.
+        again = Load(cluster, [whole])
+        await again.all_of(user, users=20, increments=10)
+    await load.assert_exact()
+    fates = Counter(fate for cutter in cutters for fate in cutter.fates)
+    print(f"{fates}; {dict(load.answers)}, slowest {max(load.slowest_s.values()):.2f} s")
+
+    assert load.acknowledged.total() == 20 * increments
+    assert fates[Fate.CUT_BEFORE] > increments / 10
+    assert fates[Fate.CUT_AFTER] > increments / 10
+
+
+async def test_counting_that_is_not_exact_is_noticed(cluster: Cluster, user: str) -> None:
+    """The control: a plain upsert, tried again when its reply is lost, counts ghosts."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    shard_url = cluster.shard_urls[0]
+    owner = await asyncpg.connect(shard_url)
+    await owner.execute("CREATE TABLE naive (user_id text PRIMARY KEY, score integer NOT NULL)")
+    cutter = CommitCutter(
+        urlsplit(shard_url).port or 0, statement="INSERT INTO naive", share=CUT_SHARE, seed=seed
+    )
+    acknowledged: Counter[str] = Counter()
+    try:
+        async with listening(cutter):
+            connection = owner
+            while acknowledged[user] < 300:
+                try:
+                    if connection is owner or connection.is_closed():
+                        connection = await asyncpg.connect(through(shard_url, cutter.port))
+                    await connection.fetch(
+                        """
+                        INSERT INTO naive AS held VALUES ($1, 1)
+                        ON CONFLICT (user_id) DO UPDATE SET score = held.score + 1
+                        """,
+                        user,
+                    )
+                except (OSError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError):
+                    continue
+                acknowledged[user] += 1
+        connection.terminate()
+        score = await owner.fetchval("SELECT score FROM naive")
+    finally:
+        await owner.execute("DROP TABLE naive")
+        await owner.close()
+    ghosts = cutter.fates.count(Fate.CUT_AFTER)
+    print(f"300 acknowledged, {score} counted")
+
+    assert ghosts > 0
+    assert miscounted(acknowledged, {user: (score, score)}) == {user: (300, (300 + ghosts,) * 2)}
+
+
+# Whole processes
+
+SHARDS = 3
+
+
+async def process(cluster: Cluster, name: str) -> Json:
+    """One process of the status, asked for beside the load."""
+    return await asyncio.to_thread(cluster.process, name)
+
+
+async def is_back(cluster: Cluster, before: Json) -> bool:
+    """Whether another process is ready in the place of the one before."""
+    now = await process(cluster, before["name"])
+    return bool(now["state"] == "ready" and now["pid"] != before["pid"])
+
+
+def said(load: Load) -> str:
+    """What the users were answered."""
+    broken = f"{len(load.broken)} broken, slowest {max(load.slowest_s.values()):.2f} s"
+    return f"{load.acknowledged.total()} acknowledged; {dict(load.answers)}, {broken}"
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three shards and two API replicas, without a quota in the way."""
+    cluster = Cluster(tmp_path_factory.mktemp("chaos") / "home", NO_QUOTA)
+    cluster.up(shards=SHARDS, api=2, gateway=1)
+    yield cluster
+    cluster.down()
+
+
+def shard_of(user: str) -> int:
+    """Where a new cluster places the user."""
+    return partition_of(user) % SHARDS
+
+
+def pids_of_shard(cluster: Cluster, shard: int) -> list[int]:
+    """The postmaster and its children."""
+    postmaster = cluster.process(f"postgres-{shard}")["pid"]
+    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text()
+    return [postmaster, *map(int, children.split())]
+
+
+@pytest.mark.parametrize("stops", [4, pytest.param(20, marks=LONG)])
+async def test_a_shard_that_crashes_again_and_again_loses_nothing(
+    chaos: Cluster, user: str, stops: int
+) -> None:
+    """An immediate stop each time, under load; users of the other shards notice nothing."""
+    load = Load(chaos)
+    async with load.running(user, users=30, pause_s=0.02, increments=ENDLESS):
+        for _ in range(stops):
+            before = await process(chaos, "postgres-0")
+            os.kill(before["pid"], signal.SIGQUIT)
+            await eventually(partial(is_back, chaos, before), within_s=BACK_S_MAX, what="the shard")
+            await asyncio.sleep(0.5)
+    await load.assert_exact()
+    print(said(load))
+
+    assert load.answers[500] > 0, "no stop was noticed by anyone"
+    assert {shard_of(one) for one in load.failures} == {0}
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=LONG)])
+async def test_a_replica_that_wakes_with_an_old_commit_counts_nothing_twice(
+    chaos: Cluster, user: str, rounds: int
+) -> None:
+    """Frozen for 8 s, in which another replica has done its work; then killed."""
+    load = Load(chaos)
+    async with load.running(user, users=30, pause_s=0.02, increments=ENDLESS):
+        for round_ in range(rounds):
+            name = f"api-{round_ % 2}"
+            before = await process(chaos, name)
+            os.kill(before["pid"], signal.SIGSTOP)
+            await asyncio.sleep(FROZEN_S)
+            os.kill(before["pid"], signal.SIGCONT)
+            await asyncio.sleep(0.5)
+            os.kill(before["pid"], signal.SIGKILL)
+            await eventually(partial(is_back, chaos, before), within_s=BACK_S_MAX, what=name)
+    await load.assert_exact()
+    print(said(load))
+
+    assert max(load.slowest_s.values()) < EDGE_DEADLINE_S
+    assert (set(load.answers), load.broken) == ({200}, [])
+
+
+def stop(cluster: Cluster, shard: int) -> Callable[[], None]:
+    """Crash it, and let it find no data when it is restarted; returns how to heal it."""
+    data = cluster.home / f"postgres-{shard}"
+    away = data.with_suffix(".away")
+    pid = cluster.process(data.name)["pid"]
+    data.rename(away)
+    os.kill(pid, signal.SIGQUIT)
+
+    def heal() -> None:
+        away.rename(data)
+
+    return heal
+
+
+def freeze(cluster: Cluster, shard: int) -> Callable[[], None]:
+    """Let none of its processes run; returns how to heal it."""
+    pids = pids_of_shard(cluster, shard)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+    def heal() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    return heal
+
+
+async def assert_only_its_users_suffer(
+    cluster: Cluster, user: str, shard: int, fault: Callable[[], Callable[[], None]], lasts_s: float
+) -> None:
+    """They get 500 in time, or 503 where nothing was started; afterwards all is as before."""
+    load = Load(cluster)
+    async with load.running(user, users=30, pause_s=0.05, increments=ENDLESS):
+        await eventually(lambda: len(load.acknowledged) == 30)
+        heal = await asyncio.to_thread(fault)
+        try:
+            await eventually(
+                lambda: load.answers[500] > 0, within_s=NOTICED_S_MAX, what="anyone notices"
+            )
+            await asyncio.sleep(lasts_s)
+        finally:
+            heal()
+        before = load.acknowledged.copy()
+        healed_s = await eventually(
+            lambda: all(load.acknowledged[one] > count for one, count in before.items()),
+            within_s=BACK_S_MAX,
+            what="everyone is served again",
+        )
+    await load.assert_exact()
+    theirs = {one: slowest for one, slowest in load.slowest_s.items() if shard_of(one) == shard}
+    others = {one: load.slowest_s[one] for one in load.slowest_s.keys() - theirs.keys()}
+    print(
+        f"{said(load)}; theirs {max(theirs.values()):.2f} s, others {max(others.values()):.2f} s,"
+        f" healed {healed_s:.2f} s after"
+    )
+
+    assert load.broken == []
+    assert {200, 500} <= set(load.answers) <= {200, 500, 503}
+    assert load.answers[500] > load.answers[503]
+    assert {shard_of(one) for one in load.failures} == {shard}
+    assert max(theirs.values()) < API_DEADLINE_S
+    assert max(others.values()) < UNTOUCHED_S
+
+
+@pytest.mark.parametrize("fault", [stop, freeze])
+@pytest.mark.parametrize("lasts_s", [5, pytest.param(30, marks=LONG)])
+async def test_a_shard_that_is_away_takes_only_its_own_users_with_it(
+    chaos: Cluster, user: str, fault: Callable[[Cluster, int], Callable[[], None]], lasts_s: float
+) -> None:
+    """Stopped or frozen."""
+    await assert_only_its_users_suffer(chaos, user, 1, partial(fault, chaos, 1), lasts_s)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """Put a folder on a disk of its own with little room left; skips where that is not allowed."""
+    used = sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
+    away = folder.with_suffix(".copy")
+    folder.rename(away)
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={used + DISK_ROOM_BYTES}", "tmpfs"]
+    done = subprocess.run(
+        ["/bin/mount", *options, folder], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"a disk of its own cannot be mounted here: {done.stderr.strip()}")
+    try:
+        subprocess.run(["/bin/cp", "-a", f"{away}/.", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["/bin/umount", folder], check=True)
+
+
+def fill(folder: Path) -> Callable[[], None]:
+    """Leave no room on the folder's disk; returns how to heal it."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    return ballast.unlink
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+async def test_a_shard_with_a_full_disk_takes_only_its_own_users_with_it(
+    tmp_path: Path, user: str
+) -> None:
+    """And serves them again as soon as there is room."""
+    cluster = Cluster(tmp_path / "home", NO_QUOTA)
+    counts = {"shards": SHARDS, "api": 2, "gateway": 1}
+    cluster.up(**counts)
+    cluster.down()
+    data = cluster.home / "postgres-1"
+    with small_disk(data):
+        try:
+            cluster.up(**counts)
+            fault = partial(fill, data)
+            await assert_only_its_users_suffer(cluster, user, 1, fault, 5)
+        finally:
+            cluster.command("down")
