@@ -1,6 +1,7 @@
 """The composition root of an API replica: the only module that creates things."""
 
 import asyncio
+import gc
 import signal
 import socket
 from contextlib import AsyncExitStack
@@ -39,6 +40,10 @@ REDIS_CONNECTIONS = 8
 
 GRACE_S = 10
 """For requests in flight when the replica is told to end; each ends within its own deadlines."""
+
+GC_THRESHOLD = 50_000
+"""New objects between two collections. A request makes hundreds that reference counting frees: at
+Python's 700 the collector looks in vain, for a twentieth of the CPU (454 to 432 µs a request)."""
 
 log = structlog.get_logger()
 
@@ -113,6 +118,9 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
             ]
             if verifier.key_set is not None:
                 background.append(tasks.create_task(verifier.key_set.follow()))
+            gc.collect()
+            gc.freeze()  # What is there by now stays: nothing of it needs to be looked at again.
+            gc.set_threshold(GC_THRESHOLD)
             log.info("api.started", host=settings.host, port=settings.port)
             await server.serve([door])
             await writes.drain()
