@@ -5,7 +5,7 @@ BIN := .venv/bin
 PORT := 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos lint bench bench-upkeep lock clean
+.PHONY: help up down test test-chaos lint bench bench-write bench-layers bench-upkeep lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,12 @@ lint: .venv/ready ## Style, types and module boundaries
 
 bench: .venv/ready ## Measure a running cluster: POST latency, and 200 to last client
 	@$(BIN)/python -m tests.benchmarks.cluster
+
+bench-write: .venv/ready ## Measure updates beside pgbench, and beside a Node.js API (YARDSTICK=folder); 4 minutes
+	@YARDSTICK="$(YARDSTICK)" $(BIN)/python -m tests.benchmarks.write
+
+bench-layers: .venv/ready ## Measure where the CPU of an update goes
+	@$(BIN)/python -m tests.benchmarks.layers
 
 bench-upkeep: .venv/ready ## Measure what writers notice of old operations being removed, and an audit
 	@$(BIN)/python -m tests.benchmarks.upkeep

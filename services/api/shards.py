@@ -153,7 +153,14 @@ _TRANSIENT_CODES = {
 
 # A refused or timed-out connection is a plain OSError or TimeoutError, and SQLAlchemy's pool has a
 # TimeoutError of its own.
-_UNREACHABLE = (asyncpg.InterfaceError, PoolTimeoutError, OSError, TimeoutError)
+_UNREACHABLE = (
+    asyncpg.InterfaceError,
+    # A connection whose last user was cancelled, and whose server has not answered that yet.
+    asyncpg.InternalClientError,
+    PoolTimeoutError,
+    OSError,
+    TimeoutError,
+)
 
 DATABASE_FAILURES = (asyncpg.PostgresError, DBAPIError, *_UNREACHABLE)
 """All the ways a statement fails: SQLAlchemy wraps what happens while it connects."""
@@ -414,7 +421,7 @@ class Shards:
                 assert driver is not None, "checked out"  # noqa: S101
             try:
                 yield driver
-            except (OSError, TimeoutError, asyncpg.InterfaceError, asyncio.CancelledError):
+            except (*_UNREACHABLE, asyncio.CancelledError):
                 # Else SQLAlchemy says goodbye first, and waits 2 s for a frozen server's answer.
                 driver.terminate()
                 await connection.invalidate()

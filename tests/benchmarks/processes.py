@@ -1,0 +1,56 @@
+"""What processes cost: the CPU time of whole trees, as the kernel counts it (Linux)."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+_PARENT, _UTIME, _CUTIME = 1, 11, 13
+"""Places in /proc/PID/stat after the name: parent; utime and stime, which end before cutime."""
+
+
+def cpu_seconds(roots: Iterable[int]) -> float:
+    """
+    CPU seconds of these processes and what descends from them.
+
+    Without autovacuum: it cleans up after whoever was measured before.
+    """
+    stats = _stats()
+    children = defaultdict(list)
+    for pid, fields in stats.items():
+        children[int(fields[_PARENT])].append(pid)
+    ticks, left = 0, list(roots)
+    while left:
+        pid = left.pop()
+        if "autovacuum worker" in _title(pid):
+            continue
+        left += children[pid]
+        ticks += sum(map(int, stats[pid][_UTIME:_CUTIME]))
+    return ticks / _TICKS_PER_S
+
+
+def titles(root: int) -> list[str]:
+    """The command lines of a process's children: PostgreSQL says there what each one does."""
+    return [_title(pid) for pid, fields in _stats().items() if int(fields[_PARENT]) == root]
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:  # It has ended.
+        return ""
+
+
+def _stats() -> dict[int, list[str]]:
+    stats = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal():
+            try:
+                line = Path(entry.path, "stat").read_text(errors="replace")
+            except OSError:  # It has ended.
+                continue
+            # The name, in brackets, may hold anything.
+            stats[int(entry.name)] = line.rpartition(")")[2].split()
+    return stats
