@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import PIPE
 from typing import IO
@@ -18,6 +18,15 @@ from tests.cluster import COMMAND, Cluster
 from tests.test_command import left_running
 
 END_SECONDS_MAX = 10.0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One of each."""
+    cluster = Cluster(tmp_path_factory.mktemp("small") / "home")
+    cluster.up(api=1, gateway=1, shards=1)
+    yield cluster
+    cluster.down()
 
 
 async def eventually(holds: Callable[[], bool]) -> bool:
@@ -189,30 +198,30 @@ async def test_a_frozen_replica_fails_no_request(fresh: Cluster) -> None:
         assert (await client.post("alice", 1)).json["newScore"] == 11
 
 
-async def test_without_a_replica_the_answer_is_to_come_back(fresh: Cluster) -> None:
+async def test_without_a_replica_the_answer_is_to_come_back(small: Cluster, user: str) -> None:
     """503 in the contract's shape until the only API is back."""
-    fresh.up(api=1, gateway=1, shards=1)
-    fresh.kill("api-0")
-    async with fresh.client() as client:
-        answer = await client.post("alice", 1)
+    small.kill("api-0")
+    async with small.client() as client:
+        answer = await client.post(user, 1)
         assert answer.status == 503
         assert answer.json == {"status": "error", "message": "Service overloaded"}
         assert answer.headers["Retry-After"] == "1"
-        assert await eventually(lambda: fresh.process("api-0")["state"] == "ready")
-        assert (await client.post("alice", 1)).json["newScore"] == 1
+        assert await eventually(lambda: small.process("api-0")["state"] == "ready")
+        assert (await client.post(user, 1)).json["newScore"] == 1
 
 
-async def test_without_an_answer_nobody_says_that_nothing_was_done(fresh: Cluster) -> None:
+async def test_without_an_answer_nobody_says_that_nothing_was_done(
+    small: Cluster, user: str
+) -> None:
     """500, not 503: the frozen API may have written; the client's key settles it."""
-    fresh.up(api=1, gateway=1, shards=1)
-    frozen = fresh.process("api-0")["pid"]
-    async with fresh.client() as client:
+    frozen = small.process("api-0")["pid"]
+    async with small.client() as client:
         os.kill(frozen, signal.SIGSTOP)
         try:
-            answer = await client.post("alice", 1, key="late")
+            answer = await client.post(user, 1, key="late")
         finally:
             os.kill(frozen, signal.SIGCONT)
         assert answer.status == 500
         assert answer.json["message"] == "Internal server error after retries"
-        assert (await client.post("alice", 1, key="late")).json["newScore"] == 1
-        assert (await client.post("alice", 1)).json["newScore"] == 2
+        assert (await client.post(user, 1, key="late")).json["newScore"] == 1
+        assert (await client.post(user, 1)).json["newScore"] == 2
