@@ -8,7 +8,7 @@ from io import BytesIO
 
 import pytest
 
-from tests.cluster import Cluster
+from tests.cluster import Cluster, eventually
 
 ANSWER_SECONDS_MAX = 20.0
 
@@ -111,7 +111,7 @@ async def test_no_query_reaches_a_log(cluster: Cluster) -> None:
     assert [name for name, text in logs.items() if "canary-of-a-token" in text] == []
 
 
-def test_the_access_log_is_json_and_says_what_was_asked(cluster: Cluster) -> None:
+async def test_the_access_log_is_json_and_says_what_was_asked(cluster: Cluster) -> None:
     """Also of what is refused: the method that was sent, and no byte that is no JSON."""
     asked = {
         "a long body": get("/api/scores/update", "Content-Length: 5000", method="POST")
@@ -121,13 +121,19 @@ def test_the_access_log_is_json_and_says_what_was_asked(cluster: Cluster) -> Non
         "no HTTP": b"\xff\xfe\r\n\r\n",
     }
     ids = {send(cluster, request)[1]["X-Request-ID"]: name for name, request in asked.items()}
-    lines = (cluster.home / "log" / "nginx.log").read_bytes().splitlines()
-    logged = [json.loads(line.decode()) for line in lines if line.startswith(b"{")]
-    assert {
-        ids[line["http.request.id"]]: (line["http.request.method"], line["url.path"])
-        for line in logged
-        if line["http.request.id"] in ids
-    } == {
+
+    def logged() -> dict[str, tuple[str, str]]:
+        lines = (cluster.home / "log" / "nginx.log").read_bytes().splitlines()
+        answers = [json.loads(line.decode()) for line in lines if line.startswith(b"{")]
+        return {
+            ids[line["http.request.id"]]: (line["http.request.method"], line["url.path"])
+            for line in answers
+            if line["http.request.id"] in ids
+        }
+
+    # Nginx writes the line once it has let go of the connection.
+    await eventually(lambda: len(logged()) == len(ids), what="a line for each")
+    assert logged() == {
         "a long body": ("POST", "/api/scores/update"),
         "no ASCII": ("PUT", "(not ASCII)"),
         "quotes": ("DELETE", '/"quoted"'),
