@@ -36,6 +36,9 @@ REBUILD_PERIOD_S = 1.0
 """How long the board may differ from PostgreSQL while all of it is there; one replica compares for
 all."""
 
+CLAIM_MS = 900
+"""How long one replica's turn to compare keeps the others from it: a little less than the period."""
+
 log = structlog.get_logger()
 
 
@@ -75,9 +78,7 @@ class Announcements:
             self._missed[score.user_id] = score
 
     async def _apply(self, scores: Sequence[Score]) -> list[Exception | None]:
-        # Of a user's scores in one batch the last is the highest.
-        newest = {score.user_id: score for score in scores}
-        if not await self._leaderboard.apply(newest.values()):
+        if not await self._leaderboard.apply(set(scores)):
             await self._rebuild()
         return [None] * len(scores)
 
@@ -86,7 +87,7 @@ class Announcements:
         while True:
             try:
                 await self._send_missed()
-                if await self._leaderboard.claim_rebuild(int(REBUILD_PERIOD_S * 900)):
+                if await self._leaderboard.claim_rebuild(CLAIM_MS):
                     await self._rebuild()
                 else:
                     await self._leaderboard.refresh_floor()
