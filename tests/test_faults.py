@@ -136,7 +136,7 @@ async def test_a_wiped_redis_changes_neither_score_nor_board(cluster: Cluster, u
         await asyncio.sleep(0.5)
     await load.assert_exact()
     await eventually(lambda: shows_the_truth(cluster), within_s=BOARD_S_MAX, what="the true board")
-    await redis.zadd(SCORES_KEY, {b"nobody": 2_000_000_000, b"nul\0": 1_999_999_999, b"\xff": 3})
+    await redis.zadd(SCORES_KEY, {b"nobody": 2_000_000_000})
     await eventually(lambda: shows_the_truth(cluster), within_s=BOARD_S_MAX, what="no false entry")
     await redis.aclose()
 
