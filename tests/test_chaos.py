@@ -19,7 +19,8 @@ import asyncpg
 import pytest
 
 from services.api.partition import partition_of
-from tests.cluster import Cluster, Json, eventually
+from services.api.writes import RETRY_RESERVE, RETRY_SHARE
+from tests.cluster import Cluster, Json, eventually, metric
 from tests.load import Load, miscounted
 from tests.proxies import CommitCutter, Fate, cutting, listening, through
 from tests.replica import api_replica
@@ -73,13 +74,21 @@ async def test_a_commit_whose_reply_is_lost_counts_once(
         # Another replica, on the shards themselves, has the same answers for the same keys.
         again = Load(cluster, [whole])
         await again.all_of(user, users=20, increments=10)
+        written = await metric(cut, "scoreboard_write_batch_operations_sum")
+        failed = await metric(cut, "scoreboard_write_failures_total")
+        retries = await metric(cut, "scoreboard_write_retries_total")
+        refused = await metric(cut, "scoreboard_write_retry_budget_exhausted_total")
     await load.assert_exact()
     fates = Counter(fate for cutter in cutters for fate in cutter.fates)
     print(f"{fates}; {dict(load.answers)}, slowest {max(load.slowest_s.values()):.2f} s")
+    print(f"first tries {written + failed:.0f}, retries {retries:.0f}, {refused:.0f} refused")
 
     assert load.acknowledged.total() == 20 * increments
     assert fates[Fate.CUT_BEFORE] > increments / 10
     assert fates[Fate.CUT_AFTER] > increments / 10
+    # More is cut than may be tried again at once; then it is for the clients to do so.
+    assert 0 < retries <= RETRY_SHARE * (written + failed) + RETRY_RESERVE * len(shard_urls)
+    assert refused > 0
 
 
 async def test_counting_that_is_not_exact_is_noticed(cluster: Cluster, user: str) -> None:
