@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from services.api.partition import partition_of
 from shared.leaderboard import BOARD_KEY
 from tests.cluster import Client, Cluster, eventually, metric
+from tests.faults import freeze
 from tests.replica import api_replica
 from tests.test_contract_top import leading_score
 
@@ -22,19 +23,12 @@ HEALED_S_MAX = 6.0
 
 @contextmanager
 def frozen(cluster: Cluster, *names: str) -> Iterator[None]:
-    """Processes that keep their connections and answer nothing: SIGSTOP, children included."""
-    pids = []
-    for name in names:
-        pid = cluster.process(name)["pid"]
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        pids += [pid, *map(int, children)]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    """Processes that answer nothing while the block runs."""
+    heal = freeze(cluster, *names)
     try:
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        heal()
 
 
 def user_of(shard: int, user: str) -> str:
