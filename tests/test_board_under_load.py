@@ -1,8 +1,8 @@
 """The filter before the board: nearly no update passes it, and the board is exact all the same."""
 
 import asyncio
-import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from shared.leaderboard import Leaderboard
 from tests.benchmarks.http_load import ClosedLoop
-from tests.cluster import Cluster, Json
+from tests.cluster import Cluster, eventually
 from tests.test_faults import true_board
 
 UPDATES = 200_000
@@ -23,6 +23,9 @@ INCREMENT_MAX = 10
 """Small, so that many are equal: that is what is hardest to keep from the board."""
 
 SENT_SHARE_MAX = 0.01
+
+BOARD_S_MAX = 2.0
+"""Until what Redis did not take in time is on the board after all."""
 
 
 def updates(cluster: Cluster, chance: random.Random) -> Iterator[bytes]:
@@ -43,16 +46,15 @@ def updates(cluster: Cluster, chance: random.Random) -> Iterator[bytes]:
 
 
 def send(cluster: Cluster, requests: Iterator[bytes], count: int) -> int:
-    """At least so many, and none of them is under way any more; how many it were."""
+    """Until so many are done, or a few more, and none is under way any more; how many it were."""
     loop = ClosedLoop(cluster.port, CONNECTIONS, requests)
-    sent = 0
-    while sent < count:
-        statuses = loop.run(seconds=0.1).statuses
-        assert set(statuses) <= {200}, statuses
-        sent += statuses.total()
-    statuses = loop.drain().statuses
-    assert set(statuses) == {200}, statuses
-    return sent + statuses.total()
+    statuses: Counter[int] = Counter()
+    while statuses[200] < count:
+        statuses += loop.run(seconds=0.1).statuses
+    statuses += loop.drain().statuses
+    # A machine that does other things for half a second refuses some, unstarted.
+    assert set(statuses) <= {200, 503}, statuses
+    return statuses[200]
 
 
 @pytest.mark.chaos
@@ -63,28 +65,35 @@ async def test_few_updates_reach_the_script_and_the_board_is_exact(
     """Whenever no update is under way, GET and the message are PostgreSQL's own top 10."""
     cluster = Cluster(tmp_path / "home", {"UPDATE_RATE_LIMIT": "1000000/hour"})
     cluster.up(shards=3, api=2, gateway=1)
-    boards: list[list[Json]] = []
+    done = 0
+    untrue_s: list[float] = []
+    outcomes: dict[str, float] = {}
     try:
         requests = updates(cluster, random.Random(seed))
         async with Redis.from_url(cluster.secret("redis_url")) as redis, cluster.client() as client:
-            sent = 0
-            while sent < UPDATES:
-                sent += await asyncio.to_thread(send, cluster, requests, UPDATES // SAMPLES)
+
+            async def is_true() -> bool:
+                truth = await true_board(cluster)
                 board = await Leaderboard(redis).read()
-                assert board is not None
                 announced = [
                     {"userId": row.user_id, "score": row.score, "rank": rank}
-                    for rank, row in enumerate(board.standings, start=1)
+                    for rank, row in enumerate(board.standings if board else (), start=1)
                 ]
-                truth = await true_board(cluster)
-                assert (announced, await client.top()) == (truth, truth)
-                boards.append(truth)
-        reached = await cluster.metric("scoreboard_leaderboard_scores_total", outcome="sent")
-        below = await cluster.metric("scoreboard_leaderboard_scores_total", outcome="below_floor")
+                return truth == announced == await client.top()
+
+            while done < UPDATES:
+                done += await asyncio.to_thread(send, cluster, requests, UPDATES // SAMPLES)
+                if not await is_true():
+                    untrue_s.append(await eventually(is_true, within_s=BOARD_S_MAX))
+        for outcome in ("sent", "below_floor", "failed"):
+            outcomes[outcome] = await cluster.metric(
+                "scoreboard_leaderboard_scores_total", outcome=outcome
+            )
     finally:
         cluster.down()
-    print(f"{reached:.0f} of {sent} updates reached the script, {reached / sent:.2%}")
+    print(f"of {done} updates {outcomes}: {outcomes['sent'] / done:.2%} sent; untrue {untrue_s}")
 
-    assert reached + below == sent
-    assert reached / sent < SENT_SHARE_MAX
-    assert all(before != after for before, after in itertools.pairwise(boards))
+    assert sum(outcomes.values()) == done
+    assert outcomes["sent"] / done < SENT_SHARE_MAX
+    # Only what Redis did not take in time may be missing for a moment.
+    assert untrue_s == [] or outcomes["failed"] > 0

@@ -6,10 +6,11 @@ Starts a cluster of its own in a temporary home. Repeat with `make bench-memory`
 import argparse
 import itertools
 import json
+import os
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ RESULT = Path(".bench/memory.json")
 MB = 1e6
 
 
+Sample = tuple[int, dict[str, float]]
+"""Requests answered until then, and MB of each replica."""
+
+
 def growth(options: argparse.Namespace) -> dict[str, Any]:
     """The resident memory of each replica, by requests answered by all of them together."""
     with tempfile.TemporaryDirectory(prefix="scoreboard-bench-") as folder:
@@ -48,11 +53,11 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
         try:
             pids = {name: cluster.process(name)["pid"] for name in cluster.names("api-")}
             loop = ClosedLoop(cluster.port, options.connections, itertools.cycle(requests(cluster)))
-            samples = []
+            samples: list[Sample] = []
             done, began = 0, time.monotonic()
             while True:
                 resident = {name: resident_bytes(pid) / MB for name, pid in pids.items()}
-                samples.append({"requests": done, "mb": resident})
+                samples.append((done, resident))
                 said = ", ".join(f"{name} {mb:.1f} MB" for name, mb in resident.items())
                 print(f"{done:>9} requests  {said}", flush=True)
                 seconds = time.monotonic() - began
@@ -67,19 +72,9 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
             loop.drain()
         finally:
             cluster.down()
-    largest = max(mb for sample in samples for mb in sample["mb"].values())
+    largest = max(mb for _, resident in samples for mb in resident.values())
     print(f"{done / seconds:.0f} req/s; the largest replica {largest:.1f} MB of {LIMIT_MB}")
     return {"requests": done, "seconds": seconds, "largest_mb": largest, "samples": samples}
-
-
-def size_mb(fill: Callable[[], object]) -> float:
-    """What is allocated by filling something, and kept by what is returned."""
-    tracemalloc.start()
-    kept = fill()
-    size, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    del kept
-    return size / MB
 
 
 def tokens_believed(length: int) -> TokenVerifier:
@@ -97,14 +92,24 @@ def partitions_cached(length: int) -> None:
         partition.partition_of(f"{number:0{length}}")
 
 
-def bounds() -> dict[str, Any]:
-    """The caches that grow with the number of users, full."""
+def grown_by_mb(fill: Callable[[int], object], length: int) -> float:
+    """By what this process grows when something is filled, and kept."""
+    before = resident_bytes(os.getpid())
+    kept = fill(length)
+    after = resident_bytes(os.getpid())
+    del kept
+    return (after - before) / MB
+
+
+def bounds() -> dict[str, float]:
+    """The caches that grow with the number of users, full: each in a process of its own."""
     sizes = {}
     for name, fill in (("tokens", tokens_believed), ("partitions", partitions_cached)):
         for length in ID_LENGTHS:
-            sizes[f"{name}, ids of {length}"] = size_mb(lambda: fill(length))  # noqa: B023
-    for name, size in sizes.items():
-        print(f"{name:28}{size:8.1f} MB when full")
+            with get_context("spawn").Pool(1) as pool:
+                size = pool.apply(grown_by_mb, (fill, length))
+            sizes[f"{name}, ids of {length}"] = size
+            print(f"{name:10} full, ids of {length:3} characters {size:8.1f} MB", flush=True)
     return sizes
 
 
