@@ -25,7 +25,8 @@ class _OneWrite:
     A transport whose writes of one turn of the loop go out together.
 
     uvicorn writes the head of an answer and its body one by one: two system calls, and two packets
-    for Nginx to wake up for, where one will do.
+    for Nginx to wake up for, where one will do. And a process that is killed in between leaves Nginx
+    with a head that it has passed on: too late to ask another replica.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
