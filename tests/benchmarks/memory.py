@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,6 +55,7 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
             pids = {name: cluster.process(name)["pid"] for name in cluster.names("api-")}
             loop = ClosedLoop(cluster.port, options.connections, itertools.cycle(requests(cluster)))
             samples: list[Sample] = []
+            statuses: Counter[int] = Counter()
             done, began = 0, time.monotonic()
             while True:
                 resident = {name: resident_bytes(pid) / MB for name, pid in pids.items()}
@@ -65,16 +67,21 @@ def growth(options: argparse.Namespace) -> dict[str, Any]:
                     break
                 until = min(done + SAMPLE_EVERY, options.requests)
                 while done < until:
-                    statuses = loop.run(seconds=0.5).statuses
-                    if set(statuses) - {200}:
-                        raise SystemExit(f"Not every answer was 200: {dict(statuses)}")
-                    done += statuses.total()
+                    statuses += loop.run(seconds=0.5).statuses
+                    done = statuses.total()
             loop.drain()
         finally:
             cluster.down()
     largest = max(mb for _, resident in samples for mb in resident.values())
-    print(f"{done / seconds:.0f} req/s; the largest replica {largest:.1f} MB of {LIMIT_MB}")
-    return {"requests": done, "seconds": seconds, "largest_mb": largest, "samples": samples}
+    print(
+        f"{dict(statuses)}, {done / seconds:.0f} req/s; the largest replica {largest:.1f} MB of {LIMIT_MB}"
+    )
+    return {
+        "statuses": dict(statuses),
+        "seconds": seconds,
+        "largest_mb": largest,
+        "samples": samples,
+    }
 
 
 def tokens_believed(length: int) -> TokenVerifier:
