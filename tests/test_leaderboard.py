@@ -1,7 +1,6 @@
 """The board in Redis: exact whatever the order and repetition of what is written."""
 
 import random
-from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
@@ -52,8 +51,8 @@ async def test_order_and_repetition_do_not_matter(
     for replica in (leaderboard, Leaderboard(redis)):
         await replica.refresh_floor()
         assert replica.matters(last)
-        assert not replica.matters(replace(last, reached_us=last.reached_us + 1))
-        assert not replica.matters(replace(last, score=last.score - 1, reached_us=0))
+        assert not replica.matters(last._replace(reached_us=last.reached_us + 1))
+        assert not replica.matters(last._replace(score=last.score - 1, reached_us=0))
 
 
 async def test_a_board_that_is_not_full_takes_every_score(leaderboard: Leaderboard) -> None:
