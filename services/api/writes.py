@@ -82,6 +82,7 @@ class Writes:
         # Of each shard that is away: until when it rests, and until when somebody tries it.
         self._resting_until: dict[int, float] = {}
         self._trying_until: dict[int, float] = {}
+        metrics.QUEUE_LIMIT.set(QUEUE_MAX)
         for shard, queue in enumerate(self._queues):
             metrics.QUEUE.labels(shard).set_function(queue.__len__)
 
