@@ -80,7 +80,7 @@ export STOPPED
 # Debian's Prometheus is unpacked, not installed: installed, it would be started.
 .venv/deploy: .venv/ready deploy/requirements-deploy.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r deploy/requirements-deploy.txt
-	@command -v prometheus promtool >/dev/null || { mkdir -p .venv/prometheus && cd .venv/prometheus \
+	@{ command -v prometheus && command -v promtool; } >/dev/null || { mkdir -p .venv/prometheus && cd .venv/prometheus \
 	    && apt-get download -q -o APT::Sandbox::User=root prometheus && dpkg -x prometheus_*.deb . ; } \
 	    || echo "Install Prometheus with promtool: the tests that need it are skipped."
 	@touch $@
