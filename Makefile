@@ -5,7 +5,7 @@ BIN := .venv/bin
 PORT := 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos test-deploy lint bench bench-write bench-layers bench-upkeep lock clean
+.PHONY: help up down test test-chaos test-deploy lint bench bench-write bench-layers bench-upkeep bench-size lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ bench-layers: .venv/ready ## Measure where the CPU of an update goes
 
 bench-upkeep: .venv/ready ## Measure what writers notice of old operations being removed, and an audit
 	@$(BIN)/python -m tests.benchmarks.upkeep
+
+bench-size: .venv/ready ## Measure what users and updates take on disk and in memory
+	@$(BIN)/python -m tests.benchmarks.size
 
 lock: .venv/ready ## Resolve the dependencies anew into deploy/requirements*.txt
 	$(BIN)/uv pip compile -q -U pyproject.toml --universal --python-version 3.11 --generate-hashes \

@@ -1,0 +1,114 @@
+"""What users and updates take: on a shard's disk, in its log, in Redis, and in a replica that idles.
+
+Starts a cluster of its own, with one shard, in a temporary home. Repeat with `make bench-size`.
+"""
+
+import asyncio
+import re
+import secrets
+import tempfile
+from pathlib import Path
+
+import asyncpg
+import httpx2 as httpx
+from limits import parse
+from redis.asyncio import Redis
+
+from services.api.quota import Quota, count_in_memory
+from services.api.shards import Operation, Shards
+from tests.cluster import Cluster
+
+USERS = 100_000
+OPERATIONS_PER_USER = 5
+BATCH = 100
+"""Operations in a commit: what a few hundred connections lead to."""
+
+QUOTA_USERS = 20_000
+QUOTA_REQUESTS = (1, 10, 100)
+"""Of each of them, within the window: so far, and in the end all that a quota allows."""
+
+IDLE_S = 3.0
+
+SIZES = """
+    SELECT inhparent::regclass::text, sum(pg_total_relation_size(inhrelid))::bigint
+    FROM pg_inherits WHERE inhparent = ANY($1::regclass[]) GROUP BY 1
+"""
+
+
+def user(number: int) -> str:
+    """As long as a name or a short id."""
+    return f"player-{number:08}"
+
+
+async def disk(cluster: Cluster, shard: asyncpg.Connection) -> None:
+    """Operations written as the API writes them, each user in turn."""
+    empty = dict(await shard.fetch(SIZES, ["user_scores", "score_ops"]))
+    log_start = await shard.fetchval("SELECT pg_current_wal_lsn()")
+    async with Shards.connect(cluster.shard_urls) as shards:
+        await shards.refresh_owners()
+        for _ in range(OPERATIONS_PER_USER):
+            for first in range(0, USERS, BATCH):
+                operations = [
+                    Operation(user(number), f"r:{secrets.token_hex(16)}", 1)
+                    for number in range(first, first + BATCH)
+                ]
+                await shards.record(0, operations)
+    full = dict(await shard.fetch(SIZES, ["user_scores", "score_ops"]))
+    written = await shard.fetchval("SELECT pg_current_wal_lsn() - $1::pg_lsn", log_start)
+    count = USERS * OPERATIONS_PER_USER
+    print(f"a user            {(full['user_scores'] - empty['user_scores']) / USERS:.0f} bytes")
+    print(f"an operation      {(full['score_ops'] - empty['score_ops']) / count:.0f} bytes")
+    print(f"an update's log   {int(written) / count:.0f} bytes (WAL)")
+
+
+async def memory(cluster: Cluster) -> None:
+    """A user's quota in Redis, by how much of it is used."""
+    async with Redis.from_url(cluster.secret("redis_url")) as redis:
+        rate = parse("100/hour")
+        quota = Quota("size", rate, redis, count_in_memory(rate))
+        before = (await redis.info("memory"))["used_memory"]
+        spent = 0
+        for requests in QUOTA_REQUESTS:
+            for _ in range(requests - spent):
+                for first in range(0, QUOTA_USERS, BATCH):
+                    await asyncio.gather(
+                        *(
+                            quota.spend(user(number), secrets.token_hex(16))
+                            for number in range(first, first + BATCH)
+                        )
+                    )
+            spent = requests
+            used = (await redis.info("memory"))["used_memory"] - before
+            print(f"a quota, {requests:3} used  {used / QUOTA_USERS:.0f} bytes")
+
+
+async def idle(cluster: Cluster) -> None:
+    """What a replica takes before anybody comes."""
+    await asyncio.sleep(IDLE_S)
+    async with httpx.AsyncClient() as http:
+        for name in ("api-0", "gateway-0"):
+            port = cluster.process(name)["operations_port"]
+            text = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+            found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
+            assert found is not None
+            print(f"{name:17} {float(found[1]) / 2**20:.0f} MiB resident")
+
+
+async def main(folder: str) -> None:
+    """All of it, on one cluster."""
+    cluster = Cluster(Path(folder, "home"))
+    print("Starting a cluster…", flush=True)
+    cluster.up(shards=1, api=1, gateway=1)
+    try:
+        await idle(cluster)
+        shard = await asyncpg.connect(cluster.shard_urls[0])
+        await disk(cluster, shard)
+        await shard.close()
+        await memory(cluster)
+    finally:
+        cluster.down()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="scoreboard-bench-") as folder:
+        asyncio.run(main(folder))
