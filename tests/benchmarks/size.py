@@ -14,6 +14,7 @@ import httpx2 as httpx
 from limits import parse
 from redis.asyncio import Redis
 
+from services.api.engine import open_engine
 from services.api.quota import Quota, count_in_memory
 from services.api.shards import Operation, Shards
 from tests.cluster import Cluster
@@ -23,11 +24,14 @@ OPERATIONS_PER_USER = 5
 BATCH = 100
 """Operations in a commit: what a few hundred connections lead to."""
 
-QUOTA_USERS = 20_000
+QUOTA_USERS = 2_000
 QUOTA_REQUESTS = (1, 10, 100)
 """Of each of them, within the window: so far, and in the end all that a quota allows."""
 
 IDLE_S = 3.0
+
+PATIENCE_S = 60.0
+"""Nobody waits for an answer here, and the disk may be anybody's."""
 
 SIZES = """
     SELECT inhparent::regclass::text, sum(pg_total_relation_size(inhrelid))::bigint
@@ -44,15 +48,17 @@ async def disk(cluster: Cluster, shard: asyncpg.Connection) -> None:
     """Operations written as the API writes them, each user in turn."""
     empty = dict(await shard.fetch(SIZES, ["user_scores", "score_ops"]))
     log_start = await shard.fetchval("SELECT pg_current_wal_lsn()")
-    async with Shards.connect(cluster.shard_urls) as shards:
-        await shards.refresh_owners()
-        for _ in range(OPERATIONS_PER_USER):
-            for first in range(0, USERS, BATCH):
-                operations = [
-                    Operation(user(number), f"r:{secrets.token_hex(16)}", 1)
-                    for number in range(first, first + BATCH)
-                ]
-                await shards.record(0, operations)
+    engine = open_engine(cluster.shard_urls[0], statement_timeout_s=PATIENCE_S)
+    shards = Shards([engine])
+    await shards.refresh_owners()
+    for _ in range(OPERATIONS_PER_USER):
+        for first in range(0, USERS, BATCH):
+            operations = [
+                Operation(user(number), f"r:{secrets.token_hex(16)}", 1)
+                for number in range(first, first + BATCH)
+            ]
+            await shards.record(0, operations)
+    await engine.dispose()
     full = dict(await shard.fetch(SIZES, ["user_scores", "score_ops"]))
     written = await shard.fetchval("SELECT pg_current_wal_lsn() - $1::pg_lsn", log_start)
     count = USERS * OPERATIONS_PER_USER
