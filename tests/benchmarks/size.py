@@ -1,4 +1,4 @@
-"""What users and updates take: on a shard's disk, in its log, in Redis, and in a replica that idles.
+"""What users, updates and clients take: on a shard's disk and in its log, in Redis, at the edge.
 
 Starts a cluster of its own, with one shard, in a temporary home. Repeat with `make bench-size`.
 """
@@ -7,6 +7,7 @@ import asyncio
 import re
 import secrets
 import tempfile
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import asyncpg
@@ -17,6 +18,7 @@ from redis.asyncio import Redis
 from services.api.engine import open_engine
 from services.api.quota import Quota, count_in_memory
 from services.api.shards import Operation, Shards
+from tests.benchmarks.processes import cpu_seconds
 from tests.cluster import Cluster
 
 USERS = 100_000
@@ -27,6 +29,9 @@ BATCH = 100
 QUOTA_USERS = 2_000
 QUOTA_REQUESTS = (1, 10, 100)
 """Of each of them, within the window: so far, and in the end all that a quota allows."""
+
+CLIENTS = 1000
+BOARDS = 100
 
 IDLE_S = 3.0
 
@@ -100,9 +105,43 @@ async def idle(cluster: Cluster) -> None:
             print(f"{name:17} {float(found[1]) / 2**20:.0f} MiB resident")
 
 
+def resident_kib(pid: int) -> int:
+    """Of a process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) + sum(resident_kib(int(child)) for child in children)
+
+
+async def edge(cluster: Cluster) -> None:
+    """Clients that watch through Nginx: each takes memory there and in the gateway, and CPU a board."""
+    pids = {name: cluster.process(name)["pid"] for name in ("nginx", "gateway-0")}
+    empty = {name: resident_kib(pid) for name, pid in pids.items()}
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(cluster.client())
+        sockets = [
+            await stack.enter_async_context(cluster.live(f"watcher-{number // 10}"))
+            for number in range(CLIENTS)
+        ]
+        for socket in sockets:
+            await socket.recv()
+        await asyncio.sleep(IDLE_S)
+        for name, pid in pids.items():
+            kib = (resident_kib(pid) - empty[name]) / CLIENTS
+            print(f"a client          {kib:.1f} KiB in {name}")
+        began = {name: cpu_seconds([pid]) for name, pid in pids.items()}
+        for number in range(BOARDS):
+            await client.post(user(number), USERS + number)
+            await asyncio.gather(*(socket.recv() for socket in sockets))
+        for name, pid in pids.items():
+            spent_us = (cpu_seconds([pid]) - began[name]) / (CLIENTS * BOARDS) * 1e6
+            print(f"a board to it     {spent_us:.1f} µs in {name}")
+
+
 async def main(folder: str) -> None:
     """All of it, on one cluster."""
-    cluster = Cluster(Path(folder, "home"))
+    cluster = Cluster(Path(folder, "home"), {"UPDATE_RATE_LIMIT": "1000000/hour"})
     print("Starting a cluster…", flush=True)
     cluster.up(shards=1, api=1, gateway=1)
     try:
@@ -111,6 +150,7 @@ async def main(folder: str) -> None:
         await disk(cluster, shard)
         await shard.close()
         await memory(cluster)
+        await edge(cluster)
     finally:
         cluster.down()
 
