@@ -5,7 +5,7 @@ BIN := .venv/bin
 PORT := 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep lock clean
+.PHONY: help up down test test-chaos test-deploy lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (n
 
 test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk; and 200,000 updates (9 minutes)
 	@$(BIN)/pytest -m chaos -s
+
+test-deploy: .venv/deploy ## Run alerts, dashboards and manifests: promtool, a real Prometheus, kubectl (4 minutes)
+	@$(BIN)/pytest -m deploy -s
 
 lint: .venv/ready ## Style, types and module boundaries
 	$(BIN)/ruff check .
@@ -47,11 +50,16 @@ bench-layers: .venv/ready ## Measure where the CPU of an update goes
 bench-upkeep: .venv/ready ## Measure what writers notice of old operations being removed, and an audit
 	@$(BIN)/python -m tests.benchmarks.upkeep
 
+bench-size: .venv/ready ## Measure what users and updates take on disk and in memory
+	@$(BIN)/python -m tests.benchmarks.size
+
 lock: .venv/ready ## Resolve the dependencies anew into deploy/requirements*.txt
 	$(BIN)/uv pip compile -q -U pyproject.toml --universal --python-version 3.11 --generate-hashes \
 	    --custom-compile-command "make lock" -o deploy/requirements.txt
 	$(BIN)/uv pip compile -q -U pyproject.toml --extra local --group dev -c deploy/requirements.txt --universal \
 	    --python-version 3.11 --generate-hashes --custom-compile-command "make lock" -o deploy/requirements-dev.txt
+	$(BIN)/uv pip compile -q -U --group deploy -c deploy/requirements-dev.txt --universal \
+	    --python-version 3.11 --generate-hashes --custom-compile-command "make lock" -o deploy/requirements-deploy.txt
 
 clean: ## Remove the virtual environment and caches; .scoreboard (the data) stays
 	@$(PYTHON) -c "$$STOPPED"
@@ -76,4 +84,12 @@ export STOPPED
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r deploy/requirements-dev.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Debian's Prometheus is unpacked, not installed: installed, it would be started.
+.venv/deploy: .venv/ready deploy/requirements-deploy.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r deploy/requirements-deploy.txt
+	@{ command -v prometheus && command -v promtool; } >/dev/null || { mkdir -p .venv/prometheus && cd .venv/prometheus \
+	    && apt-get download -q -o APT::Sandbox::User=root prometheus && dpkg -x prometheus_*.deb . ; } \
+	    || echo "Install Prometheus with promtool: the tests that need it are skipped."
 	@touch $@

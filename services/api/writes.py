@@ -102,6 +102,7 @@ class Writes:
             RetryBudget(share=RETRY_SHARE, reserve=RETRY_RESERVE, saved_max=RETRIES_SAVED_MAX)
             for _ in range(shards.count)
         ]
+        metrics.QUEUE_LIMIT.set(QUEUE_MAX)
         for shard, queue in enumerate(self._queues):
             metrics.QUEUE.labels(shard).set_function(queue.__len__)
             metrics.RESTING.labels(shard).set_function(partial(_is_resting, self._breakers[shard]))

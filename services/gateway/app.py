@@ -23,6 +23,7 @@ from services.gateway.feed import Feed
 from services.gateway.handshake import Handshake
 from services.gateway.settings import GatewaySettings
 from shared.log import configure_logging
+from shared.loop import measure_loop
 from shared.operations import operations_routes
 from shared.server import BACKLOG, HttpServer, listen
 from shared.settings import SettingsError, exit_with
@@ -105,10 +106,8 @@ def _connections_max(wanted: int) -> int:
 
 async def serve(settings: GatewaySettings, door: socket.socket, operations: socket.socket) -> None:
     """Run the gateway on two bound sockets: until a signal, then drained, or until a second one."""
-    clients = Clients(
-        limit=_connections_max(settings.connections_max),
-        limit_per_user=settings.connections_per_user_max,
-    )
+    connections_max = _connections_max(settings.connections_max)
+    clients = Clients(limit=connections_max, limit_per_user=settings.connections_per_user_max)
     verifier = TokenVerifier(settings)
     redis = Redis.from_url(
         settings.redis_url,
@@ -118,6 +117,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
     )
     feed = Feed(redis, clients.publish)
     metrics.CONNECTIONS.set_function(lambda: len(clients))
+    metrics.CONNECTIONS_MAX.set(connections_max)
     metrics.STALLED.set_function(lambda: clients.stalled)
     metrics.BOARD_AGE_S.set_function(lambda: feed.age_s)
     metrics.FEED_CONNECTED.set_function(lambda: feed.subscribed)
@@ -136,6 +136,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         clients.keep_time(),
         feed.follow(),
         feed.compare(),
+        measure_loop(),
     ]
     if verifier.key_set is not None:
         jobs.append(verifier.key_set.follow())

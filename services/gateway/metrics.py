@@ -7,6 +7,10 @@ from prometheus_client import Counter, Gauge
 
 CONNECTIONS = Gauge("scoreboard_gateway_connections", "Open WebSocket connections.")
 
+CONNECTIONS_MAX = Gauge(
+    "scoreboard_gateway_connections_max", "How many connections the process takes at most."
+)
+
 HANDSHAKES = Counter(
     "scoreboard_gateway_handshakes_total",
     "Handshakes, by how they were answered.",
