@@ -4,10 +4,6 @@ The edge makes the id. It is the same over Nginx's tries of one request, and sta
 operation in the database, so a client's own must never be taken for it.
 """
 
-import functools
-import ipaddress
-import re
-import secrets
 import time
 from collections.abc import Sequence
 
@@ -18,10 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.api import metrics
 from shared.answers import error_body
-
-_EDGE_ID = re.compile(r"[0-9a-f]{32}")
-
-_PEERS_CACHED = 1024
+from shared.edge import Edge
 
 _BUG = Response(error_body("Internal server error"), 500, media_type="application/json")
 
@@ -36,14 +29,7 @@ class Exchange:
 
     def __init__(self, app: ASGIApp, trusted_proxies: Sequence[str]) -> None:
         self._app = app
-        networks = [ipaddress.ip_network(network) for network in trusted_proxies]
-
-        @functools.lru_cache(_PEERS_CACHED)
-        def is_trusted(peer: str) -> bool:
-            address = ipaddress.ip_address(peer)
-            return any(address in network for network in networks)
-
-        self._is_trusted = is_trusted
+        self._edge = Edge(trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stamp and measure an HTTP exchange; let everything else through."""
@@ -52,15 +38,10 @@ class Exchange:
             return
         peer = scope["client"][0]
         headers = Headers(scope=scope)
-        request_id = secrets.token_hex(16)
-        if self._is_trusted(peer):
-            peer = headers.get("x-real-ip", peer)
-            edge_id = headers.get("x-request-id", "")
-            if _EDGE_ID.fullmatch(edge_id):
-                request_id = edge_id
+        request_id = self._edge.request_id(peer, headers.get("x-request-id"))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        state["client_address"] = peer
+        state["client_address"] = self._edge.client_address(peer, headers.get("x-real-ip"))
         status: int | None = None
         started = time.perf_counter()
 

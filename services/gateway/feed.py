@@ -16,7 +16,7 @@ import structlog
 from redis.asyncio import Redis
 
 from services.gateway import metrics
-from shared.board import Board, decode_board, live_message
+from shared.board import Board, decode_board
 from shared.leaderboard import CHANNEL, REDIS_FAILURES, DamagedBoard, Leaderboard
 
 COMPARE_EVERY_S = 1.0
@@ -45,7 +45,7 @@ class Feed:
         subscribed: Whether the subscription is up.
     """
 
-    def __init__(self, redis: Redis, publish: Callable[[bytes], None]) -> None:
+    def __init__(self, redis: Redis, publish: Callable[[Board], None]) -> None:
         self._redis = redis
         self._leaderboard = Leaderboard(redis)
         self._publish = publish
@@ -138,5 +138,5 @@ class Feed:
         metrics.BOARDS_RECEIVED.labels(source).inc()
         metrics.BOARD_VERSION.set(board.version)
         self.board = board
-        self._publish(live_message(board))
+        self._publish(board)
         return True

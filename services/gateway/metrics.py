@@ -5,12 +5,23 @@ Label values come from small fixed sets, never from a request: a user as a label
 
 from prometheus_client import Counter, Gauge
 
-CONNECTIONS = Gauge("scoreboard_gateway_connections", "Open WebSocket connections.")
+CONNECTIONS = Gauge(
+    "scoreboard_gateway_connections", "Open connections: `websocket` or `sse`.", ["transport"]
+)
+
+CONNECTIONS_MAX = Gauge(
+    "scoreboard_gateway_connections_max", "How many connections the process takes at most."
+)
+
+CAPS_SHARED = Gauge(
+    "scoreboard_gateway_caps_shared",
+    "1 while connections of a user and an address are counted over all gateways, else 0.",
+)
 
 HANDSHAKES = Counter(
     "scoreboard_gateway_handshakes_total",
-    "Handshakes, by how they were answered.",
-    ["result"],
+    "Requests to connect, by how they were answered.",
+    ["result", "transport"],
 )
 
 CLOSES = Counter(
@@ -56,5 +67,7 @@ FRAMES_SKIPPED = Counter(
 )
 
 STALLED = Gauge(
-    "scoreboard_gateway_stalled_clients", "Clients that do not take what was sent to them."
+    "scoreboard_gateway_stalled_clients",
+    "Clients that do not take what was sent to them.",
+    ["transport"],
 )

@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from picows import ws_create_server
 from websockets.asyncio.client import connect
 
 from services.gateway import clients
 from services.gateway.app import SEND_BUFFER_BYTES
-from services.gateway.handshake import Handshake
+from services.gateway.caps import AcceptRate, Caps
+from services.gateway.handshake import Door
 from shared.board import Score
+from shared.edge import Edge
 from shared.leaderboard import Leaderboard
 from shared.token import TokenSettings, TokenVerifier
 from tests.cluster import eventually
@@ -95,7 +96,7 @@ async def test_a_client_that_does_not_read_gets_the_newest_board_when_it_does(
         for score in range(100, 100 + boards):
             await scores.announce(score, user="u" * 255)
             assert await next_score(fast) == score
-    assert await gateway.metric("stalled_clients") == 1
+    assert await gateway.metric("stalled_clients", transport="websocket") == 1
 
     shown: list[int] = []
     while not shown or shown[-1] != 99 + boards:
@@ -103,7 +104,7 @@ async def test_a_client_that_does_not_read_gets_the_newest_board_when_it_does(
 
     assert shown == sorted(set(shown))
     assert len(shown) < boards / 2
-    assert await gateway.metric("stalled_clients") == 0
+    assert await gateway.metric("stalled_clients", transport="websocket") == 0
     slow.writer.close()
 
 
@@ -186,19 +187,23 @@ async def test_the_connection_ends_within_a_second_of_the_token(gateway: Gateway
 
 
 @asynccontextmanager
-async def impatient(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[clients.Clients, int]]:
+async def impatient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[tuple[clients.Clients[bytearray], int]]:
     """Clients served in this process with shorter patience, and the port they are served on."""
     monkeypatch.setattr(clients, "PING_EVERY_S", 0.5)
     monkeypatch.setattr(clients, "STALL_MAX_S", 0.5)
     monkeypatch.setattr(clients, "CLOSE_TIMEOUT_S", 0.5)
-    everyone = clients.Clients(limit=10, limit_per_user=10)
-    everyone.publish(b"{}")
+    caps = Caps(total=10, per_user=10, per_address=10)
+    everyone: clients.Clients[bytearray] = clients.Clients(caps)
+    streams: clients.Clients[bytes] = clients.Clients(caps)
+    everyone.publish(clients.frame(b"{}"))
     settings = TokenSettings.from_environ({"JWT_SECRET": SECRET})
     with socket.create_server(("127.0.0.1", 0)) as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        server = await ws_create_server(
-            Handshake(everyone, TokenVerifier(settings).verify), sock=door, enable_auto_pong=False
-        )
+        rate = AcceptRate(100, asyncio.get_running_loop().time())
+        verify = TokenVerifier(settings).verify
+        server = await Door(everyone, streams, caps, rate, Edge(()), (), verify).open(door)
         jobs = [asyncio.create_task(job) for job in (everyone.keep_time(), everyone.broadcast())]
         yield everyone, door.getsockname()[1]
         for job in jobs:
@@ -227,7 +232,7 @@ async def test_a_client_that_never_reads_is_closed_as_stalled(
         deaf, late, gone = [await RawClient.connect(port, receive_bytes=4096) for _ in range(3)]
 
         async def all_stall() -> bool:
-            everyone.publish(b"x" * 10_000)
+            everyone.publish(clients.frame(b"x" * 10_000))
             return everyone.stalled == 3
 
         async def all_are_cut_off() -> bool:
