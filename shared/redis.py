@@ -8,6 +8,7 @@ from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
+from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -54,3 +55,11 @@ def open_redis(url: str, *, timeout_s: float) -> Redis:
         **options,
     )
     return cast("Redis", cluster)
+
+
+async def open_subscription(redis: Redis) -> PubSub:
+    """A connection for channels, which of a cluster's nodes all have; any of them will do."""
+    if not isinstance(redis, RedisCluster):
+        return redis.pubsub()
+    await redis.initialize()
+    return redis.pubsub(node=redis.get_random_node())

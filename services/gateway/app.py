@@ -7,13 +7,15 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine, Iterable
-from functools import partial
 from typing import Any
 
 import structlog
 import uvloop
 from picows import WSCloseCode, WSProtocolError
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from services.gateway import metrics
 from services.gateway.caps import AcceptRate, Caps
@@ -51,6 +53,9 @@ usual ones; by default it grows to megabytes, where boards would grow old unseen
 FILES_RESERVED = 1000
 """Beside the clients: requests in flight (500, and 256 just accepted), Redis, operations. They must
 never run out: out of files, aiofastnet 1.2 fails in its own error handling and spins."""
+
+PROBE_EVERY_S = 0.1
+"""Between two looks at how late the loop is."""
 
 OPERATIONS_SHUTDOWN_S = 2
 """How long the end waits for a scrape under way."""
@@ -104,15 +109,17 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         per_user=settings.connections_per_user_max,
         per_address=settings.connections_per_address_max,
     )
-    sockets: Clients[bytearray] = Clients(caps)
-    streams: Clients[bytes] = Clients(caps)
+    sockets: Clients[bytearray] = Clients(caps, "websocket")
+    streams: Clients[bytes] = Clients(caps, "sse")
     verifier = TokenVerifier(settings)
     loop = asyncio.get_running_loop()
     redis = open_redis(settings.redis_url, timeout_s=REDIS_TIMEOUT_S)
 
     def publish(board: Board) -> None:
-        sockets.publish(frame(live_message(board)))
-        streams.publish(event(board))
+        message = live_message(board)
+        metrics.BOARD_BYTES.set(len(message))
+        sockets.publish(frame(message))
+        streams.publish(event(board.position, message))
 
     feed = Feed(redis, publish)
     leases = Leases(redis, caps)
@@ -125,10 +132,9 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         settings.allowed_origins,
         verifier.verify,
     )
-    for transport, clients in (("websocket", sockets), ("sse", streams)):
-        metrics.CONNECTIONS.labels(transport).set_function(clients.__len__)
-        metrics.STALLED.labels(transport).set_function(partial(getattr, clients, "stalled"))
     metrics.CONNECTIONS_MAX.set(caps.total)
+    metrics.USERS.set_function(lambda: caps.users)
+    metrics.OPENINGS.set_function(lambda: len(entrance.openings))
     metrics.BOARD_AGE_S.set_function(lambda: feed.age_s)
     metrics.FEED_CONNECTED.set_function(lambda: feed.subscribed)
 
@@ -149,15 +155,25 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         feed.follow(),
         feed.compare(),
         leases.keep(),
+        _probe_loop(),
     ]
     if verifier.key_set is not None:
         jobs.append(verifier.key_set.follow())
 
     signals = _signals()
+
+    async def drain(_request: Request) -> Response:
+        if not sockets.draining:
+            signals.put_nowait(signal.SIGTERM)
+        return JSONResponse({"status": "draining"}, 202)
+
     async with redis, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(job) for job in jobs]
         inside = HttpServer(
-            Starlette(routes=operations_routes(readiness)), grace_s=OPERATIONS_SHUTDOWN_S
+            Starlette(
+                routes=[*operations_routes(readiness), Route("/drain", drain, methods=["POST"])]
+            ),
+            grace_s=OPERATIONS_SHUTDOWN_S,
         )
         tasks.create_task(inside.serve([operations]))
         server = await entrance.open(door)
@@ -173,6 +189,14 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         for task in (*running, draining, again):
             task.cancel()
         await leases.give_up()
+
+
+async def _probe_loop() -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + PROBE_EVERY_S
+        await asyncio.sleep(PROBE_EVERY_S)
+        metrics.LOOP_LAG_SECONDS.observe(max(0.0, loop.time() - due))
 
 
 async def _drain(everyone: Iterable[Clients[Any]], window_s: float) -> None:

@@ -67,6 +67,11 @@ class Caps:
         return self._per_user if name.startswith("u:") else self._per_address
 
     @property
+    def users(self) -> int:
+        """How many users have a connection here."""
+        return sum(name.startswith("u:") for name in self.connections)
+
+    @property
     def changed(self) -> bool:
         """Whether :meth:`take_changes` has any."""
         return bool(self._changed)

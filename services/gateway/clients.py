@@ -163,6 +163,8 @@ class Client(WSListener):
         self._clients.leave(self)
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        control = frame.msg_type in (WSMsgType.PING, WSMsgType.PONG, WSMsgType.CLOSE)
+        metrics.FRAMES_RECEIVED.labels("control" if control else "data").inc()
         if frame.msg_type == WSMsgType.CLOSE:
             self._closed_by_client(frame.get_payload_as_bytes()[:2])
         elif self._close_by is not None:
@@ -189,6 +191,8 @@ class Client(WSListener):
         if self._control_frames > CONTROL_FRAMES_PER_S:
             self.close(Close.RECEIVE_ONLY, "too many pings")
             return
+        if frame.msg_type == WSMsgType.PONG and not self._heard:
+            metrics.PONG_SECONDS.observe(self._clients.now() - self._ping_at + PING_EVERY_S)
         self._heard = True
         # A client that takes nothing would make us keep its pongs.
         if frame.msg_type == WSMsgType.PING and self.paused_at is None:
@@ -266,8 +270,15 @@ class Clients(Generic[F]):
         draining: Set when the process is to end.
     """
 
-    def __init__(self, caps: Caps) -> None:
+    def __init__(self, caps: Caps, transport: str) -> None:
+        """
+        Args:
+            transport: What metrics call the kind.
+        """
         self._caps = caps
+        self._pass_seconds = metrics.PASS_SECONDS.labels(transport)
+        metrics.CONNECTIONS.labels(transport).set_function(self.__len__)
+        metrics.STALLED.labels(transport).set_function(lambda: self.stalled)
         self.now = asyncio.get_running_loop().time
         self.wheel: Wheel[Shown] = Wheel(self.now())
         self.newest: F | None = None
@@ -308,6 +319,7 @@ class Clients(Generic[F]):
         while True:
             await self._newer.wait()
             self._newer.clear()
+            begun = self.now()
             clients = tuple(self._open)
             for start in range(0, len(clients), SLICE):
                 sent = skipped = 0
@@ -319,6 +331,7 @@ class Clients(Generic[F]):
                 metrics.FRAMES_SENT.inc(sent)
                 metrics.FRAMES_SKIPPED.inc(skipped)
                 await asyncio.sleep(0)
+            self._pass_seconds.observe(self.now() - begun)
 
     async def keep_time(self) -> None:
         """Turn the wheel."""

@@ -10,7 +10,6 @@ import socket
 
 from services.gateway import metrics
 from services.gateway.clients import CLOSE_TIMEOUT_S, PING_EVERY_S, STALL_MAX_S, Clients, Close
-from shared.board import Board, live_message
 
 HEARTBEAT = b":\n\n"
 """A comment: it keeps proxies from dropping what is silent, and finds the dead."""
@@ -22,9 +21,9 @@ UNACKNOWLEDGED_MAX_MS = 30_000
 """A client that vanished without a word answers no ping; its kernel acknowledges nothing."""
 
 
-def event(board: Board) -> bytes:
-    """The board as an event: its position as ``id``, the WebSocket's message as ``data``."""
-    return b"id: %d-%d\ndata: %b\n\n" % (board.epoch, board.version, live_message(board))
+def event(position: tuple[int, int], message: bytes) -> bytes:
+    """A board as an event: its epoch and version as ``id``, the WebSocket's message as ``data``."""
+    return b"id: %d-%d\ndata: %b\n\n" % (*position, message)
 
 
 class EventStream(asyncio.Protocol):

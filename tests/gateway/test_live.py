@@ -24,8 +24,8 @@ from tests.gateway.harness import (
     Gateway,
     RawClient,
     Scores,
+    ask,
     closed,
-    get,
     next_score,
     running_gateway,
     score_of,
@@ -189,23 +189,28 @@ async def test_the_connection_ends_within_a_second_of_the_token(gateway: Gateway
 @asynccontextmanager
 async def impatient(
     monkeypatch: pytest.MonkeyPatch,
-) -> AsyncIterator[tuple[clients.Clients[bytearray], int]]:
+) -> AsyncIterator[tuple[Door, int]]:
     """Clients served in this process with shorter patience, and the port they are served on."""
     monkeypatch.setattr(clients, "PING_EVERY_S", 0.5)
     monkeypatch.setattr(clients, "STALL_MAX_S", 0.5)
     monkeypatch.setattr(clients, "CLOSE_TIMEOUT_S", 0.5)
     caps = Caps(total=10, per_user=10, per_address=10)
-    everyone: clients.Clients[bytearray] = clients.Clients(caps)
-    streams: clients.Clients[bytes] = clients.Clients(caps)
+    everyone: clients.Clients[bytearray] = clients.Clients(caps, "websocket")
+    streams: clients.Clients[bytes] = clients.Clients(caps, "sse")
     everyone.publish(clients.frame(b"{}"))
     settings = TokenSettings.from_environ({"JWT_SECRET": SECRET})
     with socket.create_server(("127.0.0.1", 0)) as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         rate = AcceptRate(100, asyncio.get_running_loop().time())
         verify = TokenVerifier(settings).verify
-        server = await Door(everyone, streams, caps, rate, Edge(()), (), verify).open(door)
-        jobs = [asyncio.create_task(job) for job in (everyone.keep_time(), everyone.broadcast())]
-        yield everyone, door.getsockname()[1]
+        entrance = Door(everyone, streams, caps, rate, Edge(()), (), verify)
+        server = await entrance.open(door)
+        jobs = [
+            asyncio.create_task(job)
+            for kind in (everyone, streams)
+            for job in (kind.keep_time(), kind.broadcast())
+        ]
+        yield entrance, door.getsockname()[1]
         for job in jobs:
             job.cancel()
         server.close()
@@ -228,7 +233,8 @@ async def test_a_client_that_never_reads_is_closed_as_stalled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is told 1013 in case it comes back, and cut off in case it does not."""
-    async with impatient(monkeypatch) as (everyone, port):
+    async with impatient(monkeypatch) as (door, port):
+        everyone = door.sockets
         deaf, late, gone = [await RawClient.connect(port, receive_bytes=4096) for _ in range(3)]
 
         async def all_stall() -> bool:
@@ -259,7 +265,7 @@ async def test_limits_of_connections(valkey: Valkey, scores: Scores, tmp_path: P
             await next_score(two)
             async with gateway.connect(token("ben")), gateway.connect(token("cleo")):
                 for query in ("", f"?token={token('dora')}"):
-                    answer = await get(gateway.port, f"/scores/live{query}", {})
+                    answer = await ask(gateway.port, f"/scores/live{query}", {})
                     assert answer.status == 503
                     check_refusal(answer.status, answer.headers, answer.body)
             async with gateway.connect(token("dora")) as next_one:
