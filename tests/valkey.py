@@ -50,7 +50,7 @@ class Valkey:
     async def command(self, *words: str | int) -> Any:
         """Its answer to any command."""
         async with Redis.from_url(self.url) as redis:
-            return await redis.execute_command(*words)
+            return await redis.execute_command(*words)  # type: ignore[no-untyped-call]
 
     async def kill(self) -> None:
         """End it as a crash does, if it runs."""

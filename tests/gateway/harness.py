@@ -10,7 +10,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +89,17 @@ class Answer:
 class Gateway:
     """A gateway process."""
 
-    def __init__(self, redis_url: str, log: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        log: Path,
+        settings: Mapping[str, str],
+        module: Sequence[str] = ("services.gateway",),
+    ) -> None:
         self.port = free_port()
         self.operations_port = free_port()
         self._log = log
+        self._module = module
         self._environment = {
             "PATH": os.environ["PATH"],
             "PORT": str(self.port),
@@ -108,7 +115,7 @@ class Gateway:
         """Start; returns when it listens."""
         with self._log.open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "services.gateway", env=self._environment, stdout=log
+                *(sys.executable, "-m", *self._module), env=self._environment, stdout=log
             )
 
         async def listens() -> bool:
@@ -171,9 +178,11 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running_gateway(redis_url: str, log: Path, **settings: str) -> AsyncIterator[Gateway]:
+async def running_gateway(
+    redis_url: str, log: Path, *, module: Sequence[str] = ("services.gateway",), **settings: str
+) -> AsyncIterator[Gateway]:
     """A gateway for as long as the block."""
-    gateway = Gateway(redis_url, log, settings)
+    gateway = Gateway(redis_url, log, settings, module)
     await gateway.start()
     try:
         yield gateway
@@ -328,10 +337,12 @@ class RawClient:
         return cls(*await asyncio.open_connection(sock=sock, limit=1024))
 
     @classmethod
-    async def connect(cls, port: int, receive_bytes: int | None = None) -> Self:
+    async def connect(
+        cls, port: int, receive_bytes: int | None = None, bearer: str | None = None
+    ) -> Self:
         """Complete a handshake."""
         client = await cls.open(port, receive_bytes)
-        lines = [f"GET /scores/live?token={token()} HTTP/1.1", "Host: gateway"]
+        lines = [f"GET /scores/live?token={bearer or token()} HTTP/1.1", "Host: gateway"]
         lines += [f"{name}: {value}" for name, value in UPGRADE.items()]
         client.writer.write("\r\n".join([*lines, "", ""]).encode())
         head = await client.reader.readuntil(b"\r\n\r\n")

@@ -78,9 +78,9 @@ def test_the_bucket_holds_a_second_s_worth() -> None:
         rate.take()
     assert not rate.has_room(100.0)
     assert not rate.has_room(100.09)
-    assert rate.has_room(100.1)
+    assert rate.has_room(100.11)
     rate.take()
-    assert not rate.has_room(100.1)
+    assert not rate.has_room(100.11)
 
     taken = 0
     while rate.has_room(1000.0):
