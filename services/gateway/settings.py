@@ -26,7 +26,7 @@ class GatewaySettings(ReplicaSettings, TokenSettings):
     )
     # A third of what one process can: the rest is for those who are connected already.
     handshakes_per_second_max: float = Field(
-        1000, ge=1, description="a number of new connections a second, at least 1"
+        1000, ge=1, le=1_000_000, description="new connections a second, from 1 to 1000000"
     )
     allowed_origins: Annotated[
         tuple[
