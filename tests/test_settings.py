@@ -63,6 +63,7 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: str) -> None:
         ("CONNECTIONS_PER_ADDRESS_MAX", "0"),
         ("HANDSHAKES_PER_SECOND_MAX", "0"),
         ("HANDSHAKES_PER_SECOND_MAX", "inf"),
+        ("COMPRESSION", "gzip"),
         ("DRAIN_SECONDS", "-1"),
         ("OPERATIONS_PORT", "80000"),
         ("REDIS_URL", "cluster://a"),

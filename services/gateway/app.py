@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from services.gateway import metrics
 from services.gateway.caps import AcceptRate, Caps
-from services.gateway.clients import RECEIVE_ONLY, Clients, frame
+from services.gateway.clients import RECEIVE_ONLY, Clients, deflated, frame
 from services.gateway.feed import Feed
 from services.gateway.handshake import Door
 from services.gateway.leases import Leases
@@ -110,6 +110,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         per_address=settings.connections_per_address_max,
     )
     sockets: Clients[bytearray] = Clients(caps, "websocket")
+    compressed: Clients[bytearray] = Clients(caps, "websocket-deflate")
     streams: Clients[bytes] = Clients(caps, "sse")
     verifier = TokenVerifier(settings)
     loop = asyncio.get_running_loop()
@@ -119,17 +120,21 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         message = live_message(board)
         metrics.BOARD_BYTES.set(len(message))
         sockets.publish(frame(message))
+        if settings.compression:
+            compressed.publish(frame(deflated(message)))
         streams.publish(event(board.position, message))
 
     feed = Feed(redis, publish)
     leases = Leases(redis, caps)
     entrance = Door(
         sockets,
+        compressed,
         streams,
         caps,
         AcceptRate(settings.handshakes_per_second_max, loop.time()),
         Edge(settings.trusted_proxies),
         settings.allowed_origins,
+        settings.compression,
         verifier.verify,
     )
     metrics.CONNECTIONS_MAX.set(caps.total)
@@ -148,10 +153,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         return None
 
     jobs: list[Coroutine[Any, Any, None]] = [
-        sockets.broadcast(),
-        sockets.keep_time(),
-        streams.broadcast(),
-        streams.keep_time(),
+        *(job for kind in entrance.kinds for job in (kind.broadcast(), kind.keep_time())),
         feed.follow(),
         feed.compare(),
         leases.keep(),
@@ -179,12 +181,12 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         server = await entrance.open(door)
         log.info("gateway.started", port=settings.port, operations_port=settings.operations_port)
         await signals.get()
-        log.info("gateway.draining", connections=len(sockets) + len(streams))
+        log.info("gateway.draining", connections=sum(map(len, entrance.kinds)))
         server.close()
-        draining = tasks.create_task(_drain((sockets, streams), settings.drain_seconds))
+        draining = tasks.create_task(_drain(entrance.kinds, settings.drain_seconds))
         again = tasks.create_task(signals.get())
         await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("gateway.stopped", connections=len(sockets) + len(streams))
+        log.info("gateway.stopped", connections=sum(map(len, entrance.kinds)))
         inside.should_exit = True
         for task in (*running, draining, again):
             task.cancel()

@@ -12,6 +12,7 @@ when it stops, the transport keeps the rest of that one frame and says so (``pau
 
 import asyncio
 import random
+import zlib
 from contextlib import suppress
 from enum import IntEnum
 from typing import Generic, Protocol, TypeVar, cast
@@ -120,6 +121,7 @@ class Client(WSListener):
     )
 
     _transport: WSTransport
+    _compressed = False
 
     def __init__(
         self, clients: "Clients[bytearray]", subject: str, address: str, expires_at: float
@@ -218,7 +220,9 @@ class Client(WSListener):
         if self._close_by is not None or self.paused_at is not None:
             return False
         self.shown = newest
-        self._transport.send_reuse_external_bytearray(WSMsgType.TEXT, newest, FRAME_OFFSET)
+        self._transport.send_reuse_external_bytearray(
+            WSMsgType.TEXT, newest, FRAME_OFFSET, True, self._compressed
+        )
         return True
 
     def refuse(self) -> None:
@@ -259,8 +263,27 @@ class Client(WSListener):
         return min(at, self.expires_at)
 
 
+class DeflatedClient(Client):
+    """One connection with permessage-deflate (RFC 7692).
+
+    Neither side keeps a context from message to message, so one compressed board does for all, and
+    a connection costs nothing more.
+    """
+
+    __slots__ = ()
+
+    _compressed = True
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        data = frame.msg_type in (WSMsgType.TEXT, WSMsgType.BINARY)
+        if data and frame.rsv1 and self._close_by is None:
+            self.close(Close.RECEIVE_ONLY, RECEIVE_ONLY)
+        else:
+            super().on_ws_frame(transport, frame)
+
+
 class Clients(Generic[F]):
-    """The connections of one kind in this process: WebSockets, or event streams.
+    """The connections of one kind in this process: WebSockets, deflated ones, or event streams.
 
     Attributes:
         newest: The newest board as all of them are sent it; None before the first one. For
@@ -372,3 +395,10 @@ class Clients(Generic[F]):
 def frame(message: bytes) -> bytearray:
     """What :class:`Clients` of WebSockets publish for a message."""
     return bytearray(FRAME_OFFSET) + message
+
+
+def deflated(message: bytes) -> bytes:
+    """The message as permessage-deflate has it, with no context (RFC 7692, section 7.2.1)."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    data = deflate.compress(message) + deflate.flush(zlib.Z_SYNC_FLUSH)
+    return data.removesuffix(b"\x00\x00\xff\xff")

@@ -25,7 +25,7 @@ from picows.picows import WSProtocol  # type: ignore[attr-defined]  # not in its
 
 from services.gateway import metrics
 from services.gateway.caps import AcceptRate, Caps
-from services.gateway.clients import Client, Clients
+from services.gateway.clients import Client, Clients, DeflatedClient
 from services.gateway.streams import EventStream
 from shared.answers import CHALLENGE, NOT_FOUND, OVERLOADED, UNAUTHORIZED, error_body
 from shared.edge import Edge
@@ -39,6 +39,9 @@ SUBPROTOCOL = "scoreboard.v1"
 """Offered beside a token in ``Sec-WebSocket-Protocol`` so that there is something to agree on."""
 
 TOKEN_SUBPROTOCOL = "bearer."  # noqa: S105 - a prefix
+
+DEFLATE = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+"""The answer to whoever offers compression; both may be said unasked (RFC 7692, section 7.1.1)."""
 
 VERSION = "13"
 """The only ``Sec-WebSocket-Version`` there is (RFC 6455)."""
@@ -207,21 +210,36 @@ def websocket_key(request: Request) -> str:
     return key
 
 
+def offers_deflate(request: Request) -> bool:
+    """Whether one of the offered extensions is a permessage-deflate that ours can answer."""
+    for offer in request.elements("Sec-WebSocket-Extensions"):
+        name, *parameters = (part.strip().lower() for part in offer.split(";"))
+        # One that demands a smaller window than we compress with is not for us.
+        if name == "permessage-deflate" and not any(
+            parameter.startswith("server_max_window_bits") for parameter in parameters
+        ):
+            return True
+    return False
+
+
 @dataclass
 class Door:
     """What a request is decided with.
 
     Attributes:
+        compress: Whether those who offer compression get it.
         origins: Where a browser's page may come from, in lower case; none: from anywhere.
         openings: The connections that have not finished their request, the oldest first.
     """
 
     sockets: Clients[bytearray]
+    deflated: Clients[bytearray]
     streams: Clients[bytes]
     caps: Caps
     rate: AcceptRate
     edge: Edge
     origins: Collection[str]
+    compress: bool
     verify: Callable[[str], Claims]
 
     def __post_init__(self) -> None:
@@ -237,12 +255,17 @@ class Door:
         return server
 
     @property
+    def kinds(self) -> tuple[Clients[bytearray], Clients[bytearray], Clients[bytes]]:
+        """All connections."""
+        return self.sockets, self.deflated, self.streams
+
+    @property
     def full(self) -> bool:
         """Whether nobody can be shown a board now."""
         return (
             self.sockets.newest is None
             or self.sockets.draining
-            or len(self.sockets) + len(self.streams) >= self.caps.total
+            or sum(map(len, self.kinds)) >= self.caps.total
             or not self.rate.has_room(self.sockets.now())
         )
 
@@ -342,7 +365,14 @@ class Opening(asyncio.Protocol):
         headers = {"X-Request-ID": self._request_id}
         if SUBPROTOCOL in request.elements("Sec-WebSocket-Protocol"):
             headers["Sec-WebSocket-Protocol"] = SUBPROTOCOL
-        client = Client(self._door.sockets, claims.subject, address, _on_the_loop_s_clock(claims))
+        expires_at = _on_the_loop_s_clock(claims)
+        if self._door.compress and offers_deflate(request):
+            headers["Sec-WebSocket-Extensions"] = DEFLATE
+            client: Client = DeflatedClient(
+                self._door.deflated, claims.subject, address, expires_at
+            )
+        else:
+            client = Client(self._door.sockets, claims.subject, address, expires_at)
         self._accept("websocket")
         response = WSUpgradeResponse.create_101_response(headers)
         protocol = _websocket(WSUpgradeResponseWithListener(response, client))

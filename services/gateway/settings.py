@@ -41,5 +41,8 @@ class GatewaySettings(ReplicaSettings, TokenSettings):
         (),
         description="comma-separated origins of pages, such as https://scores.example; none: any",
     )
+    compression: bool = Field(
+        True, description="true or false: whether clients that offer it get boards compressed"
+    )
     # Below the 30 s an orchestrator commonly waits before it kills.
     drain_seconds: float = Field(20.0, ge=0, le=3600, description="seconds from 0 to 3600")

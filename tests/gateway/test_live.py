@@ -21,6 +21,7 @@ from shared.token import TokenSettings, TokenVerifier
 from tests.cluster import eventually
 from tests.gateway.harness import (
     SECRET,
+    UPGRADE,
     Gateway,
     RawClient,
     Scores,
@@ -196,6 +197,7 @@ async def impatient(
     monkeypatch.setattr(clients, "CLOSE_TIMEOUT_S", 0.5)
     caps = Caps(total=10, per_user=10, per_address=10)
     everyone: clients.Clients[bytearray] = clients.Clients(caps, "websocket")
+    deflated: clients.Clients[bytearray] = clients.Clients(caps, "websocket-deflate")
     streams: clients.Clients[bytes] = clients.Clients(caps, "sse")
     everyone.publish(clients.frame(b"{}"))
     settings = TokenSettings.from_environ({"JWT_SECRET": SECRET})
@@ -203,17 +205,57 @@ async def impatient(
         door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         rate = AcceptRate(100, asyncio.get_running_loop().time())
         verify = TokenVerifier(settings).verify
-        entrance = Door(everyone, streams, caps, rate, Edge(()), (), verify)
+        entrance = Door(everyone, deflated, streams, caps, rate, Edge(()), (), False, verify)
         server = await entrance.open(door)
         jobs = [
             asyncio.create_task(job)
-            for kind in (everyone, streams)
+            for kind in entrance.kinds
             for job in (kind.keep_time(), kind.broadcast())
         ]
         yield entrance, door.getsockname()[1]
         for job in jobs:
             job.cancel()
         server.close()
+
+
+async def test_boards_are_compressed_once_for_all_who_offer_it(
+    gateway: Gateway, scores: Scores
+) -> None:
+    """With no context, so that each can be read without the ones before."""
+    url = f"ws://127.0.0.1:{gateway.port}/scores/live?token={token()}"
+    async with connect(url) as one, connect(url) as two, gateway.connect() as plain:
+        assert "permessage-deflate" in one.response.headers["Sec-WebSocket-Extensions"]
+        for score in range(60, 63):
+            await scores.announce(score, user="u" * 200)
+            for client in (one, two, plain):
+                while await next_score(client) != score:
+                    pass
+        await one.send("hello")
+        assert await closed(one) == (1008, "receive-only")
+        await two.ping()
+    assert await gateway.metric("connections", transport="websocket-deflate") == 0
+
+
+@pytest.mark.parametrize(
+    ("offer", "accepted"),
+    [
+        pytest.param("permessage-deflate", True, id="Firefox"),
+        pytest.param("permessage-deflate; client_max_window_bits", True, id="Chrome"),
+        pytest.param("x, permessage-deflate;server_no_context_takeover", True, id="second"),
+        pytest.param("permessage-deflate; server_max_window_bits=10", False, id="small window"),
+        pytest.param(
+            "permessage-deflate; server_max_window_bits=10, permessage-deflate", True, id="choice"
+        ),
+        pytest.param("x-webkit-deflate-frame", False, id="another"),
+    ],
+)
+async def test_compression_is_agreed_on(gateway: Gateway, offer: str, accepted: bool) -> None:
+    """Nothing is answered that the client did not offer."""
+    headers = UPGRADE | {"Sec-WebSocket-Extensions": offer}
+    answer = await gateway.get(f"/scores/live?token={token()}", headers)
+
+    assert answer.status == 101
+    assert ("sec-websocket-extensions" in answer.headers) is accepted
 
 
 async def test_a_client_that_answers_no_ping_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
