@@ -6,8 +6,8 @@
 -- versions, and no reader sees a trimmed set beside an untrimmed board.
 --
 -- KEYS[1] sorted set: user id -> score           KEYS[2] hash: user id -> reached, microseconds
--- KEYS[3] hash: epoch, version, floor, message; and shown_epoch, shown_version where a gateway found
---         that it had shown a newer board       (all three share a hash tag)
+-- KEYS[3] hash: epoch, version, floor, message   (all three share a hash tag)
+--         and shown_epoch, shown_version, where a gateway found that it had shown a newer board
 -- ARGV[1] channel        ARGV[2] rows on the board
 -- ARGV[3] ARGV[4] the newest epoch and version the caller has seen; 0 0 for none
 -- ARGV[5] '1' when the scores that follow hold the true top, so that a board may start from them
@@ -26,15 +26,15 @@ local function whole(text)
   return number and number >= 0 and number < 2 ^ 53 and number == math.floor(number) and number
 end
 
-local held = redis.call('HMGET', board, 'epoch', 'version', 'floor', 'message',
-  'shown_epoch', 'shown_version')
-local epoch, version = whole(held[1]), whole(held[2])
-
 -- What a gateway has shown was seen, even if no replica that remembers it is left.
-local shown_epoch, shown_version = whole(held[5]) or 0, whole(held[6]) or 0
+local shown = redis.call('HMGET', board, 'shown_epoch', 'shown_version')
+local shown_epoch, shown_version = whole(shown[1]) or 0, whole(shown[2]) or 0
 if shown_epoch > seen_epoch or (shown_epoch == seen_epoch and shown_version > seen_version) then
   seen_epoch, seen_version = shown_epoch, shown_version
 end
+
+local held = redis.call('HMGET', board, 'epoch', 'version', 'floor', 'message')
+local epoch, version = whole(held[1]), whole(held[2])
 
 local lost = not epoch or not version or epoch < seen_epoch
   or (epoch == seen_epoch and version < seen_version)
@@ -101,7 +101,6 @@ if lost or held[3] ~= floor or held[4] ~= message() then
   version = version + 1
   redis.call('HSET', board, 'epoch', string.format('%.0f', epoch),
     'version', string.format('%.0f', version), 'floor', floor, 'message', message())
-  redis.call('HDEL', board, 'shown_epoch', 'shown_version')
   redis.call('PUBLISH', channel, message())
 end
 return {string.format('%.0f', epoch), string.format('%.0f', version), floor}

@@ -28,6 +28,7 @@ from services.gateway.streams import event
 from shared.board import Board, live_message
 from shared.edge import Edge
 from shared.log import configure_logging
+from shared.loop import measure_loop
 from shared.operations import operations_routes
 from shared.redis import open_redis
 from shared.server import HttpServer, listen
@@ -53,9 +54,6 @@ usual ones; by default it grows to megabytes, where boards would grow old unseen
 FILES_RESERVED = 1000
 """Beside the clients: requests in flight (500, and 256 just accepted), Redis, operations. They must
 never run out: out of files, aiofastnet 1.2 fails in its own error handling and spins."""
-
-PROBE_EVERY_S = 0.1
-"""Between two looks at how late the loop is."""
 
 OPERATIONS_SHUTDOWN_S = 2
 """How long the end waits for a scrape under way."""
@@ -137,7 +135,9 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         settings.compression,
         verifier.verify,
     )
+    metrics.CONNECTIONS.set_function(lambda: entrance.connections)
     metrics.CONNECTIONS_MAX.set(caps.total)
+    metrics.STALLED.set_function(lambda: sum(kind.stalled for kind in entrance.kinds))
     metrics.USERS.set_function(lambda: caps.users)
     metrics.OPENINGS.set_function(lambda: len(entrance.openings))
     metrics.BOARD_AGE_S.set_function(lambda: feed.age_s)
@@ -157,7 +157,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         feed.follow(),
         feed.compare(),
         leases.keep(),
-        _probe_loop(),
+        measure_loop(),
     ]
     if verifier.key_set is not None:
         jobs.append(verifier.key_set.follow())
@@ -181,24 +181,16 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         server = await entrance.open(door)
         log.info("gateway.started", port=settings.port, operations_port=settings.operations_port)
         await signals.get()
-        log.info("gateway.draining", connections=sum(map(len, entrance.kinds)))
+        log.info("gateway.draining", connections=entrance.connections)
         server.close()
         draining = tasks.create_task(_drain(entrance.kinds, settings.drain_seconds))
         again = tasks.create_task(signals.get())
         await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("gateway.stopped", connections=sum(map(len, entrance.kinds)))
+        log.info("gateway.stopped", connections=entrance.connections)
         inside.should_exit = True
         for task in (*running, draining, again):
             task.cancel()
         await leases.give_up()
-
-
-async def _probe_loop() -> None:
-    loop = asyncio.get_running_loop()
-    while True:
-        due = loop.time() + PROBE_EVERY_S
-        await asyncio.sleep(PROBE_EVERY_S)
-        metrics.LOOP_LAG_SECONDS.observe(max(0.0, loop.time() - due))
 
 
 async def _drain(everyone: Iterable[Clients[Any]], window_s: float) -> None:

@@ -300,8 +300,7 @@ class Clients(Generic[F]):
         """
         self._caps = caps
         self._pass_seconds = metrics.PASS_SECONDS.labels(transport)
-        metrics.CONNECTIONS.labels(transport).set_function(self.__len__)
-        metrics.STALLED.labels(transport).set_function(lambda: self.stalled)
+        metrics.CONNECTIONS_OF.labels(transport).set_function(self.__len__)
         self.now = asyncio.get_running_loop().time
         self.wheel: Wheel[Shown] = Wheel(self.now())
         self.newest: F | None = None

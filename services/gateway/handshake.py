@@ -14,7 +14,7 @@ from base64 import b64decode
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import cast
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 import aiofastnet
@@ -255,9 +255,14 @@ class Door:
         return server
 
     @property
-    def kinds(self) -> tuple[Clients[bytearray], Clients[bytearray], Clients[bytes]]:
+    def kinds(self) -> tuple[Clients[Any], ...]:
         """All connections."""
         return self.sockets, self.deflated, self.streams
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.kinds))
 
     @property
     def full(self) -> bool:
@@ -265,7 +270,7 @@ class Door:
         return (
             self.sockets.newest is None
             or self.sockets.draining
-            or sum(map(len, self.kinds)) >= self.caps.total
+            or self.connections >= self.caps.total
             or not self.rate.has_room(self.sockets.now())
         )
 

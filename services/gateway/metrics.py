@@ -5,8 +5,12 @@ Label values come from small fixed sets, never from a request: a user as a label
 
 from prometheus_client import Counter, Gauge, Histogram
 
-CONNECTIONS = Gauge(
-    "scoreboard_gateway_connections", "Open connections: `websocket` or `sse`.", ["transport"]
+CONNECTIONS = Gauge("scoreboard_gateway_connections", "Open connections of all kinds.")
+
+CONNECTIONS_OF = Gauge(
+    "scoreboard_gateway_transport_connections",
+    "Open connections of one kind: `websocket`, `websocket-deflate` or `sse`.",
+    ["transport"],
 )
 
 CONNECTIONS_MAX = Gauge(
@@ -67,9 +71,7 @@ FRAMES_SKIPPED = Counter(
 )
 
 STALLED = Gauge(
-    "scoreboard_gateway_stalled_clients",
-    "Clients that do not take what was sent to them.",
-    ["transport"],
+    "scoreboard_gateway_stalled_clients", "Clients that do not take what was sent to them."
 )
 
 USERS = Gauge("scoreboard_gateway_users", "Users with at least one connection.")
@@ -105,10 +107,4 @@ FRAMES_RECEIVED = Counter(
     "scoreboard_gateway_frames_received_total",
     "Frames from clients: `control`, or `data`, which they may not send.",
     ["kind"],
-)
-
-LOOP_LAG_SECONDS = Histogram(
-    "scoreboard_gateway_loop_lag_seconds",
-    "How late the event loop comes to what is due, probed ten times a second.",
-    buckets=(0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1),
 )

@@ -128,7 +128,7 @@ async def test_everyone_is_sent_away_evenly_and_served_elsewhere(
         await asyncio.sleep(1)
 
         assert Counter(code for watcher in watchers for code in watcher.codes) == {1012: CLIENTS}
-        assert await other.metric("connections", transport="websocket") == CLIENTS
+        assert await other.metric("transport_connections", transport="websocket") == CLIENTS
         assert all(b"77777" in watcher.newest for watcher in watchers)
         left = sorted(watcher.left_at for watcher in watchers if watcher.left_at is not None)
         busiest = max(sum(1 for at in left if since <= at < since + 1) for since in left[::50])

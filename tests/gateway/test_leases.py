@@ -130,4 +130,4 @@ async def test_without_redis_each_gateway_has_its_own_caps(pair: Pair) -> None:
     await pair.shared()
     assert not await pair.is_let_in(pair.two, "ana")
     for gateway in (pair.one, pair.two):
-        assert await gateway.metric("connections", transport="sse") == 3
+        assert await gateway.metric("transport_connections", transport="sse") == 3
