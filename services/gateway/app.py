@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine, Iterable
+from contextlib import aclosing
 from typing import Any
 
 import structlog
@@ -169,7 +170,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
             signals.put_nowait(signal.SIGTERM)
         return JSONResponse({"status": "draining"}, 202)
 
-    async with redis, asyncio.TaskGroup() as tasks:
+    async with aclosing(redis), asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(job) for job in jobs]
         inside = HttpServer(
             Starlette(
@@ -190,7 +191,6 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         inside.should_exit = True
         for task in (*running, draining, again):
             task.cancel()
-        await leases.give_up()
 
 
 async def _drain(everyone: Iterable[Clients[Any]], window_s: float) -> None:

@@ -51,7 +51,15 @@ class Leases:
         self._writes = 0
 
     async def keep(self) -> None:
-        """Say what has changed, and that this gateway lives; for ever."""
+        """Say what has changed, and that this gateway lives; for ever, and then give it back."""
+        try:
+            await self._keep()
+        finally:
+            with suppress(*REDIS_FAILURES):
+                await self._redis.zrem(GATEWAYS_KEY, self._id)
+                await self._redis.delete(SHARE_KEY + self._id)
+
+    async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
         renewed = loop.time() - RENEW_EVERY_S
         failing = False
@@ -70,7 +78,7 @@ class Leases:
                 except Exception:  # a defect; but the end of this task would end every connection
                     self._writes = 0
                     log.exception("connections.count_failed")
-            metrics.CAPS_SHARED.set(self._writes > 0)
+                metrics.CAPS_SHARED.set(self._writes > 0)
             await asyncio.sleep(RENEW_EVERY_S if failing else BATCH_EVERY_S)
 
     async def _tell(self) -> None:
@@ -104,9 +112,3 @@ class Leases:
                 break
         self._caps.withdraw(newcomers or [], excess)
         return True
-
-    async def give_up(self) -> None:
-        """Give this gateway's share back now, not at the end of the lease."""
-        with suppress(*REDIS_FAILURES):
-            await self._redis.zrem(GATEWAYS_KEY, self._id)
-            await self._redis.delete(SHARE_KEY + self._id)
