@@ -318,7 +318,9 @@ class Opening(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         openings = self._door.openings
         if len(openings) >= OPENINGS_MAX:
-            next(iter(openings))._transport.abort()
+            oldest = next(iter(openings))
+            oldest._decided()
+            oldest._transport.abort()
         openings[self] = None
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(
