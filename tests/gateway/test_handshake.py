@@ -6,8 +6,11 @@ import re
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
 from services.gateway.handshake import OPENINGS_MAX
 from shared.token import mint
@@ -97,6 +100,20 @@ async def test_any_other_token_is_refused_with_401(
 async def test_an_expired_token_is_refused_with_401(gateway: Gateway) -> None:
     """Expiry is checked at the handshake, too."""
     answer = await gateway.get(f"{LIVE}?token={mint(SECRET, 'ana', -1)}", UPGRADE)
+
+    assert (answer.status, answer.body) == (401, UNAUTHORIZED)
+
+
+@pytest.mark.parametrize("algorithm", ["none", "HS384", "HS512", "RS256"])
+async def test_a_token_of_another_algorithm_is_refused_with_401(
+    gateway: Gateway, algorithm: str
+) -> None:
+    """The key has one algorithm; what the token's header says changes nothing."""
+    key: Any = {"none": None, "RS256": generate_private_key(65537, 2048)}.get(algorithm, SECRET)
+    payload = {"sub": "ana", "exp": time.time() + 3600}
+    bearer = jwt.encode(payload, key, algorithm=algorithm)
+
+    answer = await gateway.get(f"{LIVE}?token={bearer}", UPGRADE)
 
     assert (answer.status, answer.body) == (401, UNAUTHORIZED)
 

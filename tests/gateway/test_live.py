@@ -272,6 +272,43 @@ async def test_a_client_that_answers_no_ping_is_closed(monkeypatch: pytest.Monke
         vanished.writer.close()
 
 
+async def test_half_a_frame_ends_with_the_next_pong_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever announces a frame and never ends it can answer no ping."""
+    async with impatient(monkeypatch) as (_, port):
+        for half in (b"\x81", b"\x81\xfe\x03", b"\x89\xfd\0\0\0\0half"):
+            client = await RawClient.connect(port)
+            client.writer.write(half)
+            assert await client.close_code() == 1013
+            client.writer.close()
+
+
+async def test_memory_returns(gateway: Gateway, scores: Scores) -> None:
+    """Whatever clients have sent, or not read, or half said."""
+    await scores.announce(700, user="u" * 255)
+    resident: list[int] = []
+    for _ in range(4):
+        bad = [await RawClient.connect(gateway.port, receive_bytes=4096) for _ in range(100)]
+        bad += [await RawClient.open(gateway.port) for _ in range(100)]
+        for number, client in enumerate(bad):
+            client.writer.write(
+                (b"\x81\xff" + b"x" * 20_000, b"\x89\x80\0\0\0\0" * 5000)[number % 2]
+            )
+        await asyncio.sleep(0.2)
+        for client in bad:
+            client.writer.transport.abort()
+
+        async def is_empty() -> bool:
+            return await gateway.metric("connections") == await gateway.metric("openings") == 0
+
+        await eventually(is_empty)
+        status = Path(f"/proc/{gateway.process.pid}/status").read_text()  # noqa: ASYNC240
+        resident.append(int(status.split("VmRSS:")[1].split()[0]))
+    # The first round is what the allocator keeps for the next ones.
+    assert resident[-1] - resident[0] < 1024
+
+
 async def test_a_client_that_never_reads_is_closed_as_stalled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
