@@ -104,6 +104,7 @@ async def test_an_expired_token_is_refused_with_401(gateway: Gateway) -> None:
     assert (answer.status, answer.body) == (401, UNAUTHORIZED)
 
 
+@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")
 @pytest.mark.parametrize("algorithm", ["none", "HS384", "HS512", "RS256"])
 async def test_a_token_of_another_algorithm_is_refused_with_401(
     gateway: Gateway, algorithm: str
