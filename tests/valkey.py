@@ -100,7 +100,7 @@ class ValkeyCluster:
     async def _is_whole(self) -> bool:
         infos = [await node.command("CLUSTER", "INFO") for node in self.nodes]
         return all(
-            info["cluster_state"] == "ok" and info["cluster_known_nodes"] == str(self.NODES)
+            b"cluster_state:ok" in info and b"cluster_known_nodes:%d" % self.NODES in info
             for info in infos
         )
 
