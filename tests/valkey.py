@@ -71,12 +71,17 @@ class ValkeyCluster:
 
     def __init__(self, folder: Path) -> None:
         self.nodes = []
+        # By default it is the port and 10,000, which may be none.
+        self._bus_ports = [free_port() for _ in range(self.NODES)]
         for number in range(self.NODES):
             home = folder / f"node-{number}"
             home.mkdir()
-            self.nodes.append(
-                Valkey(home, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
-            )
+            settings = {
+                "--cluster-enabled": "yes",
+                "--cluster-require-full-coverage": "no",
+                "--cluster-port": str(self._bus_ports[number]),
+            }
+            self.nodes.append(Valkey(home, *(word for pair in settings.items() for word in pair)))
 
     @property
     def url(self) -> str:
@@ -93,8 +98,8 @@ class ValkeyCluster:
             last = min(first + share, SLOTS) - 1
             await node.command("CLUSTER", "ADDSLOTSRANGE", first, last)
             await node.command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
-        for node in self.nodes[1:]:
-            await self.nodes[0].command("CLUSTER", "MEET", "127.0.0.1", node.port)
+        for node, bus_port in zip(self.nodes[1:], self._bus_ports[1:], strict=True):
+            await self.nodes[0].command("CLUSTER", "MEET", "127.0.0.1", node.port, bus_port)
         await eventually(self._is_whole, within_s=START_SECONDS_MAX, what="the cluster is whole")
 
     async def _is_whole(self) -> bool:
