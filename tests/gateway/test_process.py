@@ -180,6 +180,7 @@ async def test_no_token_is_ever_kept(
             tmp_path / "log",
             module=("tests.gateway.witness", str(testimony)),
             HANDSHAKES_PER_SECOND_MAX="1000000",
+            CONNECTIONS_PER_ADDRESS_MAX="20000",
         ) as gateway,
         AsyncExitStack() as stack,
     ):
