@@ -7,7 +7,7 @@ import heapq
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 BOARD_SIZE = 10
 """Rows on the board; the contract's top 10."""
@@ -23,8 +23,7 @@ class Standing:
     score: int
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(NamedTuple):
     """A user's score as PostgreSQL holds it.
 
     Attributes:

@@ -8,10 +8,9 @@ the keys come from a JWKS, :meth:`KeySet.follow` fetches them beside it.
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
 from http.client import HTTPException
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import jwt
 import structlog
@@ -28,11 +27,11 @@ SECRET_BYTES_MIN = 32
 """The hash's own size, the least RFC 7518 section 3.2 allows for HS256."""
 
 BELIEVED_S = 60.0
-"""A token that was verified is believed so long, but never after it expires; 1 µs instead of 50.
-So is one whose key has been withdrawn meanwhile."""
+"""A token that was verified is believed until it expires, 1 µs instead of 50; where the keys are
+fetched only so long, because a key may be withdrawn."""
 
 BELIEVED_MAX = 100_000
-"""Tokens believed at a time: about 20 MB."""
+"""Tokens believed at a time, about 30 MB; the oldest is forgotten for the one beyond."""
 
 DIGEST_BYTES = 16
 """So that nobody finds a second token with the digest of another."""
@@ -55,8 +54,7 @@ class Unauthorized(Exception):
     """There is no valid token. Carries no reason on purpose: the client learns nothing from it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claims:
+class Claims(NamedTuple):
     """What a valid token says.
 
     Attributes:
@@ -66,6 +64,9 @@ class Claims:
 
     subject: str
     expires_at: float
+
+
+_NOTHING_KNOWN = (0.0, Claims(subject="", expires_at=0.0))
 
 
 class TokenSettings(Settings):
@@ -176,8 +177,8 @@ class TokenVerifier:
         self._algorithm = settings.jwt_algorithm
         self._audience = settings.jwt_audience
         self._issuer = settings.jwt_issuer
-        self._believed: dict[bytes, Claims] = {}
-        self._believed_until = 0.0
+        # By digest: until when, and what it says.
+        self._believed: dict[bytes, tuple[float, Claims]] = {}
 
     def verify(self, token: str) -> Claims:
         """
@@ -191,15 +192,15 @@ class TokenVerifier:
         now = time.time()
         # Under its digest: a token in memory is a token in a core dump.
         digest = blake2b(token.encode(errors="replace"), digest_size=DIGEST_BYTES).digest()
-        if now >= self._believed_until or len(self._believed) >= BELIEVED_MAX:
-            self._believed = {}
-            self._believed_until = now + BELIEVED_S
-        claims = self._believed.get(digest)
-        if claims is None:
-            claims = self._check(token)
-            self._believed[digest] = claims
-        elif now >= claims.expires_at:
-            raise Unauthorized
+        until, claims = self._believed.get(digest, _NOTHING_KNOWN)
+        if now < until:
+            return claims
+        self._believed.pop(digest, None)
+        claims = self._check(token)
+        if len(self._believed) >= BELIEVED_MAX:
+            del self._believed[next(iter(self._believed))]
+        until = claims.expires_at if self.key_set is None else now + BELIEVED_S
+        self._believed[digest] = min(until, claims.expires_at), claims
         return claims
 
     def _check(self, token: str) -> Claims:

@@ -10,11 +10,13 @@ import structlog
 import uvloop
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from services.api.announcements import Announcements
-from services.api.endpoints import ROUTES, Api, refuse
-from services.api.exchange import Exchange
+from services.api.endpoints import Api, endpoints
+from services.api.exchange import Exchanges
 from services.api.quota import Quota, count_in_memory, count_operations
 from services.api.schema import SchemaError
 from services.api.settings import ApiSettings
@@ -22,6 +24,7 @@ from services.api.shards import Shards
 from services.api.top import Top
 from services.api.upkeep import Retention, export
 from services.api.writes import Writes
+from shared.answers import error_body
 from shared.leaderboard import Leaderboard
 from shared.log import configure_logging
 from shared.operations import operations_routes
@@ -125,19 +128,24 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
         log.info("api.stopped")
 
 
-def create_app(settings: ApiSettings, shards: Shards, api: Api) -> Starlette:
-    """The application around what the endpoints work with."""
+def create_app(settings: ApiSettings, shards: Shards, api: Api) -> ASGIApp:
+    """The endpoints, and Starlette for what only operators ask."""
 
     def readiness() -> str | None:
         # A shard that is away takes its own users with it, never the replica.
         return None if shards.is_known else "no shard has answered yet"
 
-    app = Starlette(
-        routes=[*ROUTES, *operations_routes(readiness)],
-        middleware=[Middleware(Exchange, trusted_proxies=settings.trusted_proxies)],
-        exception_handlers={HTTPException: refuse},
+    operations = Starlette(
+        routes=operations_routes(readiness), exception_handlers={HTTPException: _refuse}
     )
-    # `/api/scores/top/` is no path of the contract; a redirect would make it one.
-    app.router.redirect_slashes = False
-    app.state.api = api
-    return app
+    # `/livez/` is no path of ours; a redirect would make it one.
+    operations.router.redirect_slashes = False
+    return Exchanges(endpoints(api), operations, settings.trusted_proxies)
+
+
+async def _refuse(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    message = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, error.detail)
+    return Response(
+        error_body(message), error.status_code, error.headers, media_type="application/json"
+    )

@@ -2,17 +2,13 @@
 
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2s
 from typing import NoReturn
 
-import structlog
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-
 from services.api.announcements import Announcements
 from services.api.batch import Overloaded
+from services.api.exchange import Answer, Endpoint, Exchange, Refused
 from services.api.quota import Allowance, Quota
 from services.api.shards import DATABASE_FAILURES, Limit, NoOwner, Operation, Refusal
 from services.api.submission import (
@@ -26,20 +22,19 @@ from services.api.submission import (
 )
 from services.api.top import Top, TopUnavailable
 from services.api.writes import NotWritten, Writes
-from shared.answers import CHALLENGE, RETRY_AFTER_OVERLOADED_S, error_body
+from shared.answers import CHALLENGE, RETRY_AFTER_OVERLOADED_S
 from shared.board import top_answer
 from shared.token import Claims, TokenVerifier, Unauthorized
 
 BODY_BYTES_MAX = 4096
 """The longest honest body is a user id of 255 characters, at most 12 bytes each as an escape."""
 
-SERVER_ERROR = 500
-"""From this status on it is our fault."""
-
 TOP_FRESH_S = 1
 """For how long a cache may show the board: the specification's CDN, at most a second behind."""
 
-log = structlog.get_logger()
+UPDATE, TOP = "/api/scores/update", "/api/scores/top"
+
+METHODS = {UPDATE: ("POST",), TOP: ("GET", "HEAD")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +50,36 @@ class Api:
     score_increment_max: int
 
 
-class Refused(HTTPException):
-    """The request ends here, with this status and message."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(status, message, dict(headers or {}))
+def endpoints(api: Api) -> Mapping[str, Endpoint]:
+    """What answers, by path."""
+    return {
+        UPDATE: Endpoint(METHODS[UPDATE], partial(update_score, api)),
+        TOP: Endpoint(METHODS[TOP], partial(top_scores, api)),
+    }
 
 
 def _unauthorized() -> Refused:
-    return Refused(401, "Unauthorized", {"WWW-Authenticate": CHALLENGE})
+    return Refused(401, "Unauthorized", [(b"www-authenticate", CHALLENGE.encode())])
 
 
 def _overloaded() -> Refused:
-    return Refused(503, "Service overloaded", {"Retry-After": str(RETRY_AFTER_OVERLOADED_S)})
+    return Refused(503, "Service overloaded", [(b"retry-after", b"%d" % RETRY_AFTER_OVERLOADED_S)])
 
 
 def _not_written() -> Refused:
     return Refused(500, "Internal server error after retries")
 
 
-async def update_score(request: Request) -> Response:
+async def update_score(api: Api, exchange: Exchange) -> Answer:
     """POST /api/scores/update: token, whose token, quota, body, write."""
-    api: Api = request.app.state.api
-    claims = _authenticate(api.verifier, request)
-    submission = await _read_submission(request)
+    claims = _authenticate(api.verifier, exchange)
+    submission = await _read_submission(exchange)
     if isinstance(submission, Submission) and submission.user_id != claims.subject:
         raise _unauthorized()
-    limit = await _spend(request, api.update_quota, claims.subject)
+    limit = await _spend(exchange, api.update_quota, claims.subject)
     if isinstance(submission, Refused):
         raise submission
-    operation = _operation(request, submission, api.score_increment_max, limit)
+    operation = _operation(exchange, submission, api.score_increment_max, limit)
     try:
         outcome = await api.writes.submit(operation)
     except Overloaded:
@@ -96,43 +91,36 @@ async def update_score(request: Request) -> Response:
     if outcome is Refusal.KEY_REUSED:
         raise Refused(409, "Idempotency key reused")
     if outcome is Refusal.OVER_LIMIT:
-        await _refuse_over_quota(request, api.update_quota, claims.subject)
+        await _refuse_over_quota(exchange, api.update_quota, claims.subject)
     # Also of a replay: its first answer may have been lost before the board had it.
     await api.announcements.announce(outcome.latest)
-    return _json(b'{"status":"success","message":"Score updated","newScore":%d}' % outcome.score)
+    return Answer(
+        200, b'{"status":"success","message":"Score updated","newScore":%d}' % outcome.score
+    )
 
 
-async def top_scores(request: Request) -> Response:
+async def top_scores(api: Api, exchange: Exchange) -> Answer:
     """GET /api/scores/top: quota, board."""
-    api: Api = request.app.state.api
     try:
-        client = f"user:{_authenticate(api.verifier, request).subject}"
+        client = f"user:{_authenticate(api.verifier, exchange).subject}"
     except Refused:  # Public: a token only says whose quota it is.
-        client = f"address:{request.state.client_address}"
-    await _spend(request, api.top_quota, client)
+        client = f"address:{exchange.address}"
+    await _spend(exchange, api.top_quota, client)
     try:
         body = top_answer(await api.top.read())
     except (Overloaded, TopUnavailable):
         raise _overloaded() from None
     etag = f'"{blake2s(body, digest_size=12).hexdigest()}"'
-    headers = {
-        "ETag": etag,
-        "Cache-Control": f"public, max-age={TOP_FRESH_S}, s-maxage={TOP_FRESH_S}",
-    }
-    known = request.headers.get("if-none-match", "")
+    cached = f"public, max-age={TOP_FRESH_S}, s-maxage={TOP_FRESH_S}"
+    headers = [(b"etag", etag.encode()), (b"cache-control", cached.encode())]
+    known = exchange.header(b"if-none-match")
     if etag in known or known.strip() == "*":
-        return Response(status_code=304, headers=headers)
-    return _json(body, headers)
+        return Answer(304, b"", headers)
+    return Answer(200, body, headers)
 
 
-ROUTES = [
-    Route("/api/scores/update", update_score, methods=["POST"]),
-    Route("/api/scores/top", top_scores, methods=["GET"]),
-]
-
-
-def _authenticate(verifier: TokenVerifier, request: Request) -> Claims:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+def _authenticate(verifier: TokenVerifier, exchange: Exchange) -> Claims:
+    scheme, _, token = exchange.header(b"authorization").partition(" ")
     try:
         if scheme.lower() != "bearer":
             raise Unauthorized
@@ -141,35 +129,33 @@ def _authenticate(verifier: TokenVerifier, request: Request) -> Claims:
         raise _unauthorized() from None
 
 
-async def _read_submission(request: Request) -> Submission | Refused:
+async def _read_submission(exchange: Exchange) -> Submission | Refused:
     """The body if its ``userId`` can be read, else why not: that costs quota before it is said."""
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0]
+    media_type = exchange.header(b"content-type", "application/json").partition(";")[0]
     if media_type.strip().lower() != "application/json":
         return Refused(415, "Unsupported media type")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES_MAX:
-            return Refused(413, "Request body too large")
+    body = await exchange.body(BODY_BYTES_MAX)
+    if body is None:
+        return Refused(413, "Request body too large")
     try:
-        return read_body(bytes(body))
+        return read_body(body)
     except InvalidBody:
         return Refused(400, "Invalid request body")
 
 
-async def _spend(request: Request, quota: Quota, client: str) -> Limit | None:
+async def _spend(exchange: Exchange, quota: Quota, client: str) -> Limit | None:
     """Count the request; returns what the write has to keep to as well."""
-    allowance = await _counted(quota.spend(client, request.state.request_id))
-    request.state.quota_headers = allowance.headers(quota.name)
+    allowance = await _counted(quota.spend(client, exchange.request_id))
+    exchange.quota_headers = allowance.headers(quota.name)
     if not allowance.allowed:
         raise Refused(429, "Too many requests")
     return allowance.at_write
 
 
-async def _refuse_over_quota(request: Request, quota: Quota, client: str) -> NoReturn:
+async def _refuse_over_quota(exchange: Exchange, quota: Quota, client: str) -> NoReturn:
     """Others of the client's requests have used it up since this one was counted."""
     allowance = await _counted(quota.recount(client))
-    request.state.quota_headers = allowance.headers(quota.name)
+    exchange.quota_headers = allowance.headers(quota.name)
     raise Refused(429, "Too many requests")
 
 
@@ -183,32 +169,17 @@ async def _counted(counting: Awaitable[Allowance]) -> Allowance:
 
 
 def _operation(
-    request: Request, submission: Submission, increment_max: int, limit: Limit | None
+    exchange: Exchange, submission: Submission, increment_max: int, limit: Limit | None
 ) -> Operation:
     """The increment, under the client's key or the edge's id; the prefix keeps the two apart."""
     try:
         delta = read_increment(submission.increment, increment_max)
-        key = request.headers.get("idempotency-key")
-        op_id = f"r:{request.state.request_id}" if key is None else f"k:{read_key(key)}"
+        key = exchange.headers.get(b"idempotency-key")
+        op_id = (
+            f"r:{exchange.request_id}" if key is None else f"k:{read_key(key.decode('latin-1'))}"
+        )
     except InvalidIncrement:
         raise Refused(400, "Invalid score increment") from None
     except InvalidKey:
         raise Refused(400, "Invalid idempotency key") from None
     return Operation(submission.user_id, op_id, delta, limit)
-
-
-def _json(body: bytes, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
-    return Response(body, status, headers, media_type="application/json")
-
-
-_MESSAGES = {404: "Not found", 405: "Method not allowed"}
-"""Of the statuses that Starlette itself answers with."""
-
-
-async def refuse(request: Request, error: Exception) -> Response:
-    """The one place where a refusal becomes an answer; ours is logged, with the request's id."""
-    assert isinstance(error, HTTPException)  # noqa: S101
-    say = log.warning if error.status_code >= SERVER_ERROR else log.debug
-    say("request.refused", path=request.url.path, status=error.status_code, error=error.detail)
-    message = _MESSAGES.get(error.status_code, error.detail)
-    return _json(error_body(message), error.headers, error.status_code)

@@ -9,10 +9,9 @@ import hashlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
-from typing import Any
+from typing import NamedTuple
 
 import structlog
 from limits import RateLimitItem
@@ -27,7 +26,7 @@ from services.api.shards import NOTHING_SPENT, Limit, Shards, Spent
 from shared.leaderboard import REDIS_FAILURES
 
 BATCH_MAX = 500
-"""Checks in one pipeline."""
+"""Checks in one call of the script: it takes some 2 µs each, and nobody else is served meanwhile."""
 
 QUEUE_MAX = 10_000
 """Checks waiting for Redis; the one past that is refused as overload."""
@@ -40,8 +39,7 @@ ID_LENGTH = 16
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
+class Allowance(NamedTuple):
     """What is left of a client's quota after this request.
 
     Attributes:
@@ -58,23 +56,23 @@ class Allowance:
     retry_in_s: float
     at_write: Limit | None = None
 
-    def headers(self, name: str) -> dict[str, str]:
+    def headers(self, name: str) -> list[tuple[bytes, bytes]]:
         """
         What the client is told: the three usual headers, and draft-ietf-httpapi-ratelimit-headers.
 
         Args:
             name: The quota's name in the draft's fields.
         """
-        reset = math.ceil(self.whole_in_s)
-        headers = {
-            "X-RateLimit-Limit": str(self.limit),
-            "X-RateLimit-Remaining": str(self.remaining),
-            "X-RateLimit-Reset": str(reset),
-            "RateLimit": f'"{name}";r={self.remaining};t={reset}',
-            "RateLimit-Policy": f'"{name}";q={self.limit};w={self.window_s}',
-        }
+        limit, remaining, reset = self.limit, self.remaining, math.ceil(self.whole_in_s)
+        headers = [
+            (b"x-ratelimit-limit", b"%d" % limit),
+            (b"x-ratelimit-remaining", b"%d" % remaining),
+            (b"x-ratelimit-reset", b"%d" % reset),
+            (b"ratelimit", b'"%b";r=%d;t=%d' % (name.encode(), remaining, reset)),
+            (b"ratelimit-policy", b'"%b";q=%d;w=%d' % (name.encode(), limit, self.window_s)),
+        ]
         if not self.allowed:
-            headers["Retry-After"] = str(max(1, math.ceil(self.retry_in_s)))
+            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_in_s))))
         return headers
 
 
@@ -97,8 +95,10 @@ class Quota:
         script = files("services.api").joinpath("quota.lua").read_text(encoding="utf-8")
         self._script = f"-- {name}\n{script}"
         self._sha = hashlib.sha1(self._script.encode(), usedforsecurity=False).hexdigest()
+        # One hash tag: a batch is one call of the script, on one node of a Redis Cluster.
+        self._prefix = f"{{quota:{name}}}:{rate.amount}/{rate.get_expiry()}:"
         # In Redis for one window from such a moment on: what it has counted is not all.
-        self._gap_key = f"{{scoreboard}}:gap:{name}"
+        self._gap_key = f"{{quota:{name}}}:gap"
         self._window_ms = rate.get_expiry() * 1000
         # Whether requests were counted elsewhere, or Redis has forgotten some, and that key must be set.
         self._gap = False
@@ -122,58 +122,52 @@ class Quota:
             return await self._fallback(client)
         if is_incomplete and counted.allowed:
             other = await self._fallback(client)
-            return replace(min(counted, other, key=_room), at_write=other.at_write)
+            return min(counted, other, key=_room)._replace(at_write=other.at_write)
         return counted
 
     async def recount(self, client: str) -> Allowance:
         """What is left to a client whose request was refused only when it was to be written."""
-        return replace(await self._fallback(client), allowed=False, remaining=0)
+        return (await self._fallback(client))._replace(allowed=False, remaining=0)
 
     async def _spend(
         self, requests: Sequence[tuple[str, str]]
     ) -> list[tuple[Allowance, bool] | Exception]:
         try:
             try:
-                answers, is_incomplete = await self._run(requests)
+                answer = await self._run(requests)
             except NoScriptError:  # Redis has restarted: nothing was counted.
                 self._gap |= self._has_counted
                 await self._redis.script_load(self._script)
-                answers, is_incomplete = await self._run(requests)
+                answer = await self._run(requests)
         except REDIS_FAILURES:
             self._gap = True
             raise
         self._gap, self._has_counted = False, True
+        is_incomplete = bool(answer[0])
+        limit, window_s = self._rate.amount, self._rate.get_expiry()
         return [
             (
-                allowance(
-                    self._rate,
-                    allowed=bool(allowed),
-                    remaining=remaining,
-                    whole_in_s=whole_in_ms / 1000,
-                    retry_in_s=retry_in_ms / 1000,
+                Allowance(
+                    bool(allowed), limit, window_s, left, whole_in_ms / 1000, free_in_ms / 1000
                 ),
                 is_incomplete,
             )
-            for allowed, remaining, whole_in_ms, retry_in_ms in answers
+            for allowed, left, whole_in_ms, free_in_ms in zip(*[iter(answer[1:])] * 4, strict=True)
         ]
 
-    async def _run(self, requests: Sequence[tuple[str, str]]) -> tuple[list[Any], bool]:
-        # Not redis-py's Script: in a pipeline it asks whether the script exists, every time.
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            if self._gap:
-                pipeline.set(self._gap_key, 1, px=self._window_ms)
-            pipeline.exists(self._gap_key)
-            for client, request_id in requests:
-                pipeline.evalsha(
-                    self._sha,
-                    1,
-                    self._rate.key_for(self.name, client),
-                    self._rate.amount,
-                    self._window_ms,
-                    request_id,
-                )
-            answers = await pipeline.execute()
-        return answers[-len(requests) :], bool(answers[-len(requests) - 1])
+    async def _run(self, requests: Sequence[tuple[str, str]]) -> list[int]:
+        keys = [self._gap_key, *(self._prefix + client for client, _ in requests)]
+        # Not redis-py's Script: it would ask whether Redis has it by another command.
+        answer: list[int] = await self._redis.evalsha(
+            self._sha,
+            len(keys),
+            *keys,
+            self._rate.amount,
+            self._window_ms,
+            int(self._gap),
+            *(request_id for _, request_id in requests),
+        )
+        return answer
 
 
 def _room(one: Allowance) -> tuple[bool, int, float]:

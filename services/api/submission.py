@@ -6,8 +6,7 @@ what it is given.
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any, Never
+from typing import Any, NamedTuple, Never
 
 from shared.user_id import is_user_id
 
@@ -33,8 +32,7 @@ class InvalidKey(Exception):
     """``Idempotency-Key`` is not 1 to 255 visible ASCII characters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(NamedTuple):
     """A body whose ``userId`` could be read; the increment may still be anything."""
 
     user_id: str
@@ -50,9 +48,7 @@ def read_body(body: bytes) -> Submission:
             reader of the same bytes might believe the other value.
     """
     try:
-        members = json.loads(
-            body.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant
-        )
+        members = _DECODER.decode(body.decode())
     except (ValueError, RecursionError):
         raise InvalidBody from None
     if not isinstance(members, dict) or not is_user_id(members.get("userId")):
@@ -70,6 +66,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_constant(_name: str) -> Never:
     """NaN and Infinity are Python's extensions, not JSON."""
     raise InvalidBody
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
 def read_increment(value: object, maximum: int) -> int:
