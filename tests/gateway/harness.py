@@ -28,6 +28,8 @@ SECRET = "a-secret-that-only-these-tests-use"
 
 REQUEST_TIMEOUT_S = 5.0
 
+START_S_MAX = 15.0
+
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 """RFC 6455's own example of a handshake's key."""
 
@@ -124,7 +126,7 @@ class Gateway:
             except OSError:
                 return False
 
-        await eventually(listens)
+        await eventually(listens, within_s=START_S_MAX, what="the gateway listens")
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send a signal."""
@@ -174,7 +176,7 @@ class Gateway:
         async def is_ready() -> bool:
             return (await self.operations("/readyz")).status == 200
 
-        await eventually(is_ready)
+        await eventually(is_ready, within_s=START_S_MAX, what="the gateway is ready")
 
 
 @asynccontextmanager
