@@ -5,7 +5,7 @@ BIN := .venv/bin
 PORT := 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos lint bench bench-write bench-layers bench-upkeep lock clean
+.PHONY: help up down test test-chaos lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,7 +20,7 @@ down: ## Stop the cluster; the data stays in .scoreboard
 test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (no Docker needed)
 	@$(BIN)/pytest
 
-test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk (6 minutes)
+test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk; and 200,000 updates (9 minutes)
 	@$(BIN)/pytest -m chaos -s
 
 lint: .venv/ready ## Style, types and module boundaries
@@ -34,6 +34,12 @@ bench: .venv/ready ## Measure a running cluster: POST latency, and 200 to last c
 
 bench-write: .venv/ready ## Measure updates beside pgbench, and beside a Node.js API (YARDSTICK=folder); 4 minutes
 	@YARDSTICK="$(YARDSTICK)" $(BIN)/python -m tests.benchmarks.write
+
+bench-shards: .venv/ready ## Measure what users notice of a fault of somebody else's shard; 4 minutes
+	@$(BIN)/python -m tests.benchmarks.shards
+
+bench-memory: .venv/ready ## Measure what an API replica's memory grows to in a million updates; 6 minutes
+	@$(BIN)/python -m tests.benchmarks.memory
 
 bench-layers: .venv/ready ## Measure where the CPU of an update goes
 	@$(BIN)/python -m tests.benchmarks.layers

@@ -6,7 +6,7 @@
 -- versions, and no reader sees a trimmed set beside an untrimmed board.
 --
 -- KEYS[1] sorted set: user id -> score           KEYS[2] hash: user id -> reached, microseconds
--- KEYS[3] hash: epoch, version, floor, message   (all three share a hash tag)
+-- KEYS[3] hash: epoch, version, floor, floor_reached, message   (all three share a hash tag)
 --         and shown_epoch, shown_version, where a gateway found that it had shown a newer board
 -- ARGV[1] channel        ARGV[2] rows on the board
 -- ARGV[3] ARGV[4] the newest epoch and version the caller has seen; 0 0 for none
@@ -14,7 +14,7 @@
 -- ARGV[6] how many retractions follow: pairs of user id, score that PostgreSQL does not confirm
 -- then    triples of user id, score, reached
 --
--- Returns {epoch, version, floor}, or nil when the board is missing, or older than the caller has
+-- Returns {epoch, version, floor, floor_reached}, or nil when the board is missing, or older than the caller has
 -- seen (Redis lost writes), and the scores given are not the whole top: rebuild it.
 
 local scores, reached, board = KEYS[1], KEYS[2], KEYS[3]
@@ -33,7 +33,7 @@ if shown_epoch > seen_epoch or (shown_epoch == seen_epoch and shown_version > se
   seen_epoch, seen_version = shown_epoch, shown_version
 end
 
-local held = redis.call('HMGET', board, 'epoch', 'version', 'floor', 'message')
+local held = redis.call('HMGET', board, 'epoch', 'version', 'floor', 'floor_reached', 'message')
 local epoch, version = whole(held[1]), whole(held[2])
 
 local lost = not epoch or not version or epoch < seen_epoch
@@ -70,7 +70,7 @@ end
 local rows = {}
 local listed = redis.call('ZRANGE', scores, 0, -1, 'REV', 'WITHSCORES')
 for i = 1, #listed, 2 do
-  local since = tonumber(redis.call('HGET', reached, listed[i]) or nil) or math.huge
+  local since = tonumber(redis.call('HGET', reached, listed[i]) or nil) or 2 ^ 53
   rows[#rows + 1] = {user = listed[i], score = tonumber(listed[i + 1]), since = since, place = i}
 end
 table.sort(rows, function(a, b)
@@ -95,12 +95,15 @@ local function message()
   return string.format('{"epoch":%.0f,"version":%.0f,"topScores":%s}', epoch, version, top)
 end
 
--- Below the floor a score changes nothing here; it never falls while scores only grow.
-local floor = rows[size] and string.format('%.0f', rows[size].score) or '0'
-if lost or held[3] ~= floor or held[4] ~= message() then
+-- What does not come before the last row changes nothing here; that row never falls while scores
+-- only grow.
+local last = rows[size] or {score = 0, since = 0}
+local floor, since = string.format('%.0f', last.score), string.format('%.0f', last.since)
+if lost or held[3] ~= floor or held[4] ~= since or held[5] ~= message() then
   version = version + 1
   redis.call('HSET', board, 'epoch', string.format('%.0f', epoch),
-    'version', string.format('%.0f', version), 'floor', floor, 'message', message())
+    'version', string.format('%.0f', version), 'floor', floor, 'floor_reached', since,
+    'message', message())
   redis.call('PUBLISH', channel, message())
 end
-return {string.format('%.0f', epoch), string.format('%.0f', version), floor}
+return {string.format('%.0f', epoch), string.format('%.0f', version), floor, since}

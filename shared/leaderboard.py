@@ -30,12 +30,7 @@ class DamagedBoard(RedisError):
 
 
 class Leaderboard:
-    """The board as one replica sees it.
-
-    Attributes:
-        floor: A score below it changes nothing, so it need not be sent. A stale floor is only
-            too low while scores grow, hence safe.
-    """
+    """The board as one replica sees it."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -43,7 +38,19 @@ class Leaderboard:
             files("shared").joinpath("leaderboard.lua").read_text(encoding="utf-8")
         )
         self._seen = (0, 0)
-        self.floor = 0
+        # The score of the last row, and when it was reached; 0 and 0 while there are fewer rows.
+        self._floor, self._floor_reached_us = 0, 0
+
+    def matters(self, score: Score) -> bool:
+        """
+        Whether the score may change the board; if not, it need not be sent.
+
+        What comes after the last row does not. A stale floor is only too low while scores grow,
+        hence safe.
+        """
+        return score.score > self._floor or (
+            score.score == self._floor and score.reached_us <= self._floor_reached_us
+        )
 
     async def read(self) -> Board | None:
         """
@@ -100,16 +107,15 @@ class Leaderboard:
         answer = await self._script(keys=[SCORES_KEY, REACHED_KEY, BOARD_KEY], args=arguments)
         if answer is None:
             return False
-        epoch, version, floor = map(int, answer)
+        epoch, version, self._floor, self._floor_reached_us = map(int, answer)
         self._seen = max(self._seen, (epoch, version))
-        self.floor = floor
         return True
 
     async def refresh_floor(self) -> None:
         """Take over the floor that other replicas have raised, or a repair has lowered."""
-        floor = await self._redis.hget(BOARD_KEY, "floor")
+        held = await self._redis.hmget(BOARD_KEY, "floor", "floor_reached")
         try:
-            self.floor = int(floor or 0)
+            self._floor, self._floor_reached_us = (int(number or 0) for number in held)
         except ValueError as error:
             raise DamagedBoard(str(error)) from None
 

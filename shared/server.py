@@ -1,12 +1,15 @@
 """An HTTP server inside a process that decides itself when it ends."""
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shared.settings import SettingsError
 
@@ -15,6 +18,45 @@ KEEP_ALIVE_S = 75
 
 BACKLOG = 1024
 """Connections the kernel accepts for us while the loop is busy."""
+
+
+class _OneWrite:
+    """
+    A transport whose writes of one turn of the loop go out together.
+
+    uvicorn writes the head of an answer and its body one by one: two system calls, and two packets
+    for Nginx to wake up for, where one will do. And a process that is killed in between leaves Nginx
+    with a head that it has passed on: too late to ask another replica.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._held: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self._flush)
+        self._held.append(data)
+
+    def _flush(self) -> None:
+        if self._held:
+            held, self._held = self._held, []
+            self._transport.write(b"".join(held))
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+
+class _Protocol(HttpToolsProtocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(
+            cast("asyncio.Transport", _OneWrite(cast("asyncio.Transport", transport)))
+        )
 
 
 class HttpServer(uvicorn.Server):
@@ -28,6 +70,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=_Protocol,
                 lifespan="off",
                 ws="none",
                 timeout_keep_alive=KEEP_ALIVE_S,

@@ -4,6 +4,7 @@ Every answer received here is held against the published descriptions.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import httpx2 as httpx
 import websockets
+from prometheus_client.parser import text_string_to_metric_families
 
 from shared.token import mint
 from tests.openapi import check_answer, check_live_message
@@ -30,6 +32,8 @@ ANSWER_SECONDS_MAX = 20
 EVENTUALLY_S = 5.0
 
 Json = dict[str, Any]
+
+_readers = itertools.count()
 
 
 def free_port() -> int:
@@ -121,6 +125,15 @@ class Cluster:
         """Through Nginx."""
         return f"http://127.0.0.1:{self.port}"
 
+    async def metric(self, name: str, **labels: str) -> float:
+        """A metric of all API replicas: see :func:`metric`."""
+        ports = [
+            process["port"]
+            for process in self.status()["processes"]
+            if process["name"].startswith("api-")
+        ]
+        return sum([await metric(f"http://127.0.0.1:{port}", name, **labels) for port in ports])
+
     @asynccontextmanager
     async def client(
         self, address: str = "127.0.0.1", url: str | None = None
@@ -185,8 +198,9 @@ class Client:
             content=body,
         )
 
-    async def top(self, user: str = "reader") -> list[Json]:
-        """The board, on the quota of this user."""
+    async def top(self, user: str = "") -> list[Json]:
+        """The board, on the quota of this user, or of one whom nobody else is."""
+        user = user or f"reader-{next(_readers)}"
         answer = await self.request(
             "GET",
             "/api/scores/top",
@@ -195,6 +209,18 @@ class Client:
         assert answer.status == 200, answer
         rows: list[Json] = answer.json["topScores"]
         return rows
+
+
+async def metric(url: str, name: str, **labels: str) -> float:
+    """The sum of a replica's samples of that name that have these labels; 0 if there is none."""
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"{url}/metrics")).text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 async def receive_board(socket: websockets.ClientConnection) -> list[Json]:

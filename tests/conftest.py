@@ -1,5 +1,7 @@
 """One cluster for the whole run, started as its users start it."""
 
+import os
+import random
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from pathlib import Path
@@ -58,3 +60,11 @@ def fresh(tmp_path: Path) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path / 'the "home"')
     yield cluster
     cluster.command("down")
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of what the test leaves to chance: printed, and the same again with `SEED=N`."""
+    seed = int(os.environ.get("SEED", random.SystemRandom().randrange(2**32)))
+    print(f"SEED={seed}")
+    return seed

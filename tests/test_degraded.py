@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,9 @@ from redis.asyncio import Redis
 
 from services.api.partition import partition_of
 from shared.leaderboard import BOARD_KEY
-from tests.cluster import Client, Cluster, eventually
+from tests.cluster import Client, Cluster, eventually, metric
+from tests.faults import freeze
+from tests.replica import api_replica
 from tests.test_contract_top import leading_score
 
 HEALED_S_MAX = 6.0
@@ -22,36 +23,17 @@ HEALED_S_MAX = 6.0
 
 @contextmanager
 def frozen(cluster: Cluster, *names: str) -> Iterator[None]:
-    """Processes that keep their connections and answer nothing: SIGSTOP, children included."""
-    pids = []
-    for name in names:
-        pid = cluster.process(name)["pid"]
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        pids += [pid, *map(int, children)]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    """Processes that answer nothing while the block runs."""
+    heal = freeze(cluster, *names)
     try:
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        heal()
 
 
 def user_of(shard: int, user: str) -> str:
     """A user whom the first layout, remainder modulo shards, puts on that shard."""
     return next(name for n in range(100) if partition_of(name := f"{user}-{n}") % 2 == shard)
-
-
-async def retries(cluster: Cluster, shard: int) -> int:
-    """Commits tried again on that shard, by all replicas."""
-    total = 0
-    async with httpx.AsyncClient() as http:
-        for name in cluster.names("api-"):
-            url = f"http://127.0.0.1:{cluster.process(name)['port']}/metrics"
-            pattern = rf'scoreboard_write_retries_total{{shard="{shard}"}} (\S+)'
-            found = re.search(pattern, (await http.get(url)).text)
-            total += int(float(found[1])) if found else 0
-    return total
 
 
 async def score_after(client: Client, user: str, increment: int, key: str) -> int:
@@ -70,46 +52,57 @@ async def score_after(client: Client, user: str, increment: int, key: str) -> in
 
 
 async def test_a_write_that_fails_is_tried_four_times(
-    cluster: Cluster, client: Client, user: str
+    cluster: Cluster, user: str, tmp_path: Path
 ) -> None:
     """Then the answer is 500, and the client's key settles whether it counted."""
     away, near = user_of(1, user), user_of(0, user)
-    before = await retries(cluster, 1)
-    with frozen(cluster, "postgres-1"):
-        failing = asyncio.create_task(client.post(away, 5, key="once"))
-        for _ in range(5):
-            assert (await client.post(near, 1)).status == 200
-        answer = await failing
+    async with (
+        api_replica(cluster, tmp_path / "api.log") as url,
+        cluster.client(url=url) as client,
+    ):
+        with frozen(cluster, "postgres-1"):
+            failing = asyncio.create_task(client.post(away, 5, key="once"))
+            for _ in range(5):
+                assert (await client.post(near, 1)).status == 200
+            answer = await failing
+            assert await metric(url, "scoreboard_shard_resting", shard="1") == 1
 
-    assert answer.status == 500
-    assert answer.json == {"status": "error", "message": "Internal server error after retries"}
-    assert answer.headers["X-RateLimit-Remaining"] == "99"
-    # On a busy machine the deadline may come before the third.
-    assert await retries(cluster, 1) - before in (2, 3)
-    assert await score_after(client, away, 5, key="once") == 5
-    assert (await client.post(near, 1)).json["newScore"] == 6
+        assert answer.status == 500
+        assert answer.json == {"status": "error", "message": "Internal server error after retries"}
+        assert answer.headers["X-RateLimit-Remaining"] == "99"
+        # On a busy machine the deadline may come before the third.
+        assert await metric(url, "scoreboard_write_retries_total", shard="1") in (2, 3)
+        assert await score_after(client, away, 5, key="once") == 5
+        assert await metric(url, "scoreboard_shard_resting") == 0
+        assert (await client.post(near, 1)).json["newScore"] == 6
 
 
 async def test_who_would_wait_too_long_is_refused_unstarted(
-    cluster: Cluster, client: Client, user: str
+    cluster: Cluster, user: str, tmp_path: Path
 ) -> None:
     """503 with Retry-After, after less than a second, and nothing was added."""
     away = [user_of(1, f"{user}-{n}") for n in range(12)]
-    with frozen(cluster, "postgres-1"):
-        first = [asyncio.create_task(client.post(one, 1)) for one in away[:4]]
-        await asyncio.sleep(0.2)
-        answers = await asyncio.gather(*(client.post(one, 1) for one in away[4:]))
-        await asyncio.gather(*first)
-    refused = [one for one, answer in zip(away[4:], answers, strict=True) if answer.status == 503]
+    async with (
+        api_replica(cluster, tmp_path / "api.log") as url,
+        cluster.client(url=url) as client,
+    ):
+        with frozen(cluster, "postgres-1"):
+            first = [asyncio.create_task(client.post(one, 1)) for one in away[:4]]
+            await asyncio.sleep(0.2)
+            answers = await asyncio.gather(*(client.post(one, 1) for one in away[4:]))
+            await asyncio.gather(*first)
+        refused = [
+            one for one, answer in zip(away[4:], answers, strict=True) if answer.status == 503
+        ]
 
-    assert {answer.status for answer in answers} <= {500, 503}
-    assert refused
-    for answer in answers:
-        if answer.status == 503:
-            assert answer.json == {"status": "error", "message": "Service overloaded"}
-            assert answer.headers["Retry-After"] == "1"
-    for one in refused:
-        assert await score_after(client, one, 7, key="seven") == 7
+        assert {answer.status for answer in answers} <= {500, 503}
+        assert refused
+        for answer in answers:
+            if answer.status == 503:
+                assert answer.json == {"status": "error", "message": "Service overloaded"}
+                assert answer.headers["Retry-After"] == "1"
+        for one in refused:
+            assert await score_after(client, one, 7, key="seven") == 7
 
 
 async def test_a_score_that_redis_missed_is_shown_while_a_shard_is_away(
@@ -122,7 +115,7 @@ async def test_a_score_that_redis_missed_is_shown_while_a_shard_is_away(
             assert (await client.post(near, score)).status == 200
 
         async def is_shown() -> bool:
-            return near in [row["userId"] for row in await client.top(user)]
+            return near in [row["userId"] for row in await client.top()]
 
         await eventually(is_shown, within_s=HEALED_S_MAX, what="the score on the board")
 
@@ -153,7 +146,7 @@ async def test_a_damaged_board_is_nobodys_error(
 
         async def is_rebuilt() -> bool:
             held = await redis.hget(BOARD_KEY, field)
-            shown = [row["userId"] for row in await client.top(user)]
+            shown = [row["userId"] for row in await client.top()]
             return held != value.encode() and user in shown
 
         await eventually(is_rebuilt, within_s=HEALED_S_MAX, what="the board is rebuilt")

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.board import Score, Standing, best
-from shared.leaderboard import BOARD_KEY, CHANNEL, SCORES_KEY, Leaderboard
+from shared.leaderboard import BOARD_KEY, CHANNEL, REACHED_KEY, SCORES_KEY, Leaderboard
 
 
 @pytest.fixture
@@ -26,7 +26,9 @@ async def standings(leaderboard: Leaderboard) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-async def test_order_and_repetition_do_not_matter(leaderboard: Leaderboard, seed: int) -> None:
+async def test_order_and_repetition_do_not_matter(
+    redis: Redis, leaderboard: Leaderboard, seed: int
+) -> None:
     """Shuffled, doubled and filtered by an old floor, the top is the oracle's; ties by time."""
     chance = random.Random(seed)
     truth: dict[str, Score] = {}
@@ -41,11 +43,36 @@ async def test_order_and_repetition_do_not_matter(leaderboard: Leaderboard, seed
     while written:
         size = chance.randrange(1, 20)
         batch, written = written[:size], written[size:]
-        await leaderboard.apply([row for row in batch if row.score >= leaderboard.floor])
+        await leaderboard.apply(filter(leaderboard.matters, batch))
 
-    expected = [(row.user_id, row.score) for row in best(truth.values())]
-    assert await standings(leaderboard) == expected
-    assert leaderboard.floor == expected[-1][1]
+    expected = best(truth.values())
+    assert await standings(leaderboard) == [(row.user_id, row.score) for row in expected]
+    last = expected[-1]
+    for replica in (leaderboard, Leaderboard(redis)):
+        await replica.refresh_floor()
+        assert replica.matters(last)
+        assert not replica.matters(last._replace(reached_us=last.reached_us + 1))
+        assert not replica.matters(last._replace(score=last.score - 1, reached_us=0))
+
+
+async def test_a_board_that_is_not_full_takes_every_score(leaderboard: Leaderboard) -> None:
+    """However low and late."""
+    await leaderboard.apply([Score(f"user-{number}", 5, 1) for number in range(9)])
+
+    assert leaderboard.matters(Score("ana", 1, 2**52))
+
+
+async def test_who_reached_the_last_row_when_is_not_known(
+    redis: Redis, leaderboard: Leaderboard
+) -> None:
+    """Whoever has as much may come before it."""
+    await leaderboard.apply([Score(f"user-{number}", 5, 1) for number in range(10)])
+    await redis.delete(REACHED_KEY)
+    await leaderboard.apply([])
+    assert leaderboard.matters(Score("ana", 5, 2))
+    await leaderboard.apply([Score("ana", 5, 2)])
+
+    assert ("ana", 5) in await standings(leaderboard)
 
 
 async def test_only_a_change_is_announced(redis: Redis, leaderboard: Leaderboard) -> None:

@@ -1,11 +1,8 @@
 """`scoreboard scale` and `down`, `up` under load and with data."""
 
 import asyncio
-import re
 
-import httpx2 as httpx
-
-from tests.cluster import Cluster, receive_board, receive_until
+from tests.cluster import Cluster, metric, receive_board, receive_until
 from tests.load import Load
 
 SCALE_SECONDS_MAX = 90
@@ -13,11 +10,8 @@ SCALE_SECONDS_MAX = 90
 
 async def requests_of(cluster: Cluster, name: str) -> float:
     """How many updates a replica has answered, by its own metrics."""
-    port = cluster.process(name)["port"]
-    async with httpx.AsyncClient() as http:
-        text = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
-    pattern = r'scoreboard_http_requests_total\{[^}]*route="/api/scores/update"[^}]*\} (\S+)'
-    return sum(float(count) for count in re.findall(pattern, text))
+    url = f"http://127.0.0.1:{cluster.process(name)['port']}"
+    return await metric(url, "scoreboard_http_requests_total", route="/api/scores/update")
 
 
 async def test_scaling_under_load_fails_no_request(cluster: Cluster, user: str) -> None:

@@ -48,7 +48,7 @@ class Announcements:
     def __init__(self, shards: Shards, leaderboard: Leaderboard) -> None:
         self._shards = shards
         self._leaderboard = leaderboard
-        self._batches = Batches[Score, None](
+        self._batches = Batches[Score, bool](
             self._apply, batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
         )
         self._missed: dict[str, Score] = {}
@@ -56,19 +56,18 @@ class Announcements:
 
     async def announce(self, score: Score) -> None:
         """Rank a committed score; returns when readers can see it, or it is kept for later."""
-        # Not below but equal may still matter: on equal scores who was first decides.
-        if score.score < self._leaderboard.floor:
+        if not self._leaderboard.matters(score):
             metrics.ANNOUNCED.labels("below_floor").inc()
             return
         try:
-            await self._batches.submit(score)
+            was_sent = await self._batches.submit(score)
         except (Overloaded, *REDIS_FAILURES, *DATABASE_FAILURES) as error:
             metrics.ANNOUNCED.labels("failed").inc()
             log.debug("leaderboard.not_announced", error=repr(error))
             self._keep(score)
             self._repair_now.set()
         else:
-            metrics.ANNOUNCED.labels("sent").inc()
+            metrics.ANNOUNCED.labels("sent" if was_sent else "below_floor").inc()
 
     def _keep(self, score: Score) -> None:
         kept = self._missed.get(score.user_id)
@@ -77,10 +76,12 @@ class Announcements:
         if kept is None or kept.score < score.score:
             self._missed[score.user_id] = score
 
-    async def _apply(self, scores: Sequence[Score]) -> list[Exception | None]:
-        if not await self._leaderboard.apply(set(scores)):
+    async def _apply(self, scores: Sequence[Score]) -> list[bool | Exception]:
+        """Whether each was sent: while it waited, the board may have left it behind."""
+        sent = {score for score in scores if self._leaderboard.matters(score)}
+        if sent and not await self._leaderboard.apply(sent):
             await self._rebuild()
-        return [None] * len(scores)
+        return [score in sent for score in scores]
 
     async def keep_true(self) -> None:
         """Send what was missed, and compare Redis with PostgreSQL, while the replica lives."""

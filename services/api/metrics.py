@@ -30,7 +30,19 @@ BATCH_SECONDS = Histogram(
     ["shard"],
     buckets=_SECONDS,
 )
-WRITE_RETRIES = Counter("scoreboard_write_retries_total", "Commits tried again", ["shard"])
+WRITE_RETRIES = Counter(
+    "scoreboard_write_retries_total", "Increments tried again, each time", ["shard"]
+)
+RETRIES_REFUSED = Counter(
+    "scoreboard_write_retry_budget_exhausted_total",
+    "Increments not tried again, because the shard's retries were a tenth of its traffic already",
+    ["shard"],
+)
+RESTING = Gauge(
+    "scoreboard_shard_resting",
+    "1 from when a shard did not take increments until it has taken one",
+    ["shard"],
+)
 WRITE_FAILURES = Counter(
     "scoreboard_write_failures_total", "Increments given up after retries", ["shard"]
 )

@@ -22,6 +22,7 @@ from tenacity import (
 
 from services.api import metrics
 from services.api.batch import Batches
+from services.api.breaker import Breaker, RetryBudget
 from services.api.shards import (
     DATABASE_FAILURES,
     Contended,
@@ -53,11 +54,25 @@ QUEUE_MAX = 4096
 
 QUEUE_PATIENCE_S = 0.75
 
+RETRY_SHARE = 0.1
+"""Retries to first tries, at most: what a shard in trouble is asked to do on top of its work."""
+
+RETRY_RESERVE = 30
+"""Retries beyond that share, once in a replica's life: ten increments' that fail one by one."""
+
+RETRIES_SAVED_MAX = (ATTEMPTS_MAX - 1) * BATCH_MAX
+"""All retries of one full batch."""
+
+FAILURES_MAX = 3
+"""Tries in a row: on a busy machine the deadline ends a batch before its third retry."""
+
 REST_S = 0.25
-"""For which a shard that did not take a batch is left alone; then one increment tries it for all."""
+"""For which a shard that does not take increments is left alone; then one tries it for all."""
 
 OWNER_WAIT_S = 0.05
 """Between two looks at the catalogs for the owner of a partition that moves or whose shard is away."""
+
+_HAS_TRIED_ENOUGH = stop_after_attempt(ATTEMPTS_MAX) | stop_before_delay(DEADLINE_S)
 
 log = structlog.get_logger()
 
@@ -79,11 +94,17 @@ class Writes:
         ]
         # Whose row somebody else holds waits here, one by one, and nobody waits behind them.
         self._contended = [self._queue(shard, self._commit, 1) for shard in range(shards.count)]
-        # Of each shard that is away: until when it rests, and until when somebody tries it.
-        self._resting_until: dict[int, float] = {}
-        self._trying_until: dict[int, float] = {}
+        self._breakers = [
+            Breaker(failures_max=FAILURES_MAX, rest_s=REST_S, trial_s=DEADLINE_S)
+            for _ in range(shards.count)
+        ]
+        self._budgets = [
+            RetryBudget(share=RETRY_SHARE, reserve=RETRY_RESERVE, saved_max=RETRIES_SAVED_MAX)
+            for _ in range(shards.count)
+        ]
         for shard, queue in enumerate(self._queues):
             metrics.QUEUE.labels(shard).set_function(queue.__len__)
+            metrics.RESTING.labels(shard).set_function(partial(_is_resting, self._breakers[shard]))
 
     def _queue(
         self, shard: int, commit: Callable[..., Awaitable[list[Result]]], batch_max: int
@@ -111,7 +132,8 @@ class Writes:
             except NoOwner:
                 await self._wait_for_owner(until)
                 continue
-            self._refuse_while_away(shard)
+            if not self._breakers[shard].admits():
+                raise NotWritten
             outcome = await queues[shard].submit(operation)
             if isinstance(outcome, Contended):
                 queues = self._contended
@@ -119,15 +141,6 @@ class Writes:
                 await self._wait_for_owner(until)
             else:
                 return outcome
-
-    def _refuse_while_away(self, shard: int) -> None:
-        """Fail the users of a shard that is away at once, but for the one who tries it."""
-        if shard not in self._resting_until:
-            return
-        now = time.monotonic()
-        if now < max(self._resting_until[shard], self._trying_until.get(shard, 0)):
-            raise NotWritten
-        self._trying_until[shard] = now + DEADLINE_S
 
     async def _wait_for_owner(self, until: float) -> None:
         try:
@@ -139,8 +152,9 @@ class Writes:
 
     async def _commit(self, shard: int, operations: Sequence[Operation]) -> list[Result]:
         """Commit a batch; the same operation twice in it is sent once."""
-        if time.monotonic() < self._resting_until.get(shard, 0):
+        if self._breakers[shard].is_open:
             return [NotWritten()] * len(operations)  # They waited behind the batch that failed.
+        self._budgets[shard].save(len(operations))
         first = {(one.user_id, one.op_id): one for one in reversed(operations)}
         sent = list(first.values())
         outcomes = dict(zip(sent, await self._try(shard, sent), strict=True))
@@ -152,10 +166,12 @@ class Writes:
 
     async def _try(self, shard: int, operations: Sequence[Operation]) -> Sequence[Result]:
         started = time.perf_counter()
+        breaker = self._breakers[shard]
+        retrying = self._retrying(shard, len(operations))
         outcomes: Sequence[Outcome]
         try:
             async with asyncio.timeout(DEADLINE_S):
-                outcomes = await self._retrying(shard)(self._record, shard, operations)
+                outcomes = await retrying(self._record, shard, operations)
         except DATABASE_FAILURES as error:
             metrics.WRITE_FAILURES.labels(shard).inc(len(operations))
             log.error("write.failed", shard=shard, operations=len(operations), error=repr(error))
@@ -163,15 +179,15 @@ class Writes:
             # replica has been frozen itself: then far more than the deadline is over.
             was_frozen = time.perf_counter() - started > DEADLINE_S + REST_S
             is_locked = isinstance(error, asyncpg.LockNotAvailableError)
-            if is_transient(error) and not is_locked and not was_frozen:
-                self._resting_until[shard] = time.monotonic() + REST_S
-                self._trying_until.pop(shard, None)
+            if is_locked:
+                breaker.succeeded()
+            elif is_transient(error) and not was_frozen:
+                breaker.failed(tries=retrying.statistics["attempt_number"])
             if is_transient(error) or len(operations) == 1:
                 return [NotWritten()] * len(operations)
             # Something about one of them: the others must not suffer for it.
             return [(await self._try(shard, [operation]))[0] for operation in operations]
-        self._resting_until.pop(shard, None)
-        self._trying_until.pop(shard, None)
+        breaker.succeeded()
         metrics.BATCH_SECONDS.labels(shard).observe(time.perf_counter() - started)
         metrics.BATCH_OPERATIONS.labels(shard).observe(len(operations))
         return outcomes
@@ -191,16 +207,26 @@ class Writes:
                 outcomes.append(Contended())
         return outcomes
 
-    def _retrying(self, shard: int) -> AsyncRetrying:
+    def _retrying(self, shard: int, operations: int) -> AsyncRetrying:
+        """Of one batch: more tries are paid from the budget, and who tries the shard for all has one."""
+
+        def must_stop(state: RetryCallState) -> bool:
+            if _HAS_TRIED_ENOUGH(state) or not self._breakers[shard].is_closed:
+                return True
+            if self._budgets[shard].spend(operations):
+                return False
+            metrics.RETRIES_REFUSED.labels(shard).inc(operations)
+            return True
+
         def count(state: RetryCallState) -> None:
-            metrics.WRITE_RETRIES.labels(shard).inc()
+            metrics.WRITE_RETRIES.labels(shard).inc(operations)
             error = state.outcome.exception() if state.outcome else None
             log.warning("write.retry", shard=shard, attempt=state.attempt_number, error=repr(error))
 
         return AsyncRetrying(
             retry=retry_if_exception(is_transient),
             wait=wait_random_exponential(multiplier=BACKOFF_FIRST_S, max=BACKOFF_MAX_S),
-            stop=stop_after_attempt(ATTEMPTS_MAX) | stop_before_delay(DEADLINE_S),
+            stop=must_stop,
             before_sleep=count,
             reraise=True,
         )
@@ -208,6 +234,10 @@ class Writes:
     async def drain(self) -> None:
         """Wait until everything that was submitted is committed or failed."""
         await asyncio.gather(*(queue.drain() for queue in (*self._queues, *self._contended)))
+
+
+def _is_resting(breaker: Breaker) -> bool:
+    return not breaker.is_closed
 
 
 def _as_twin(operation: Operation, outcome: Result) -> Result:

@@ -373,7 +373,7 @@ class Nginx:
         values = {
             "LISTEN": f"127.0.0.1:{self._port}",
             "RESOLVER": "",
-            "API_SERVERS": _servers(api),
+            "API_SERVERS": _servers(api, " max_conns=256", " max_conns=128"),
             "GATEWAY_SERVERS": _servers(gateway),
             "PAGE_ROOT": _quoted(str(package / "html")),
         }
@@ -434,11 +434,11 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _servers(ports: list[int]) -> str:
+def _servers(ports: list[int], bound: str = "", backup_bound: str = "") -> str:
     # Each twice, for the reason the template gives.
     return " ".join(
         f"server 127.0.0.1:{port} {how};"
-        for how in ("max_fails=1 fail_timeout=1s", "backup max_fails=0")
+        for how in (f"max_fails=1 fail_timeout=1s{bound}", f"backup max_fails=0{backup_bound}")
         for port in ports
     )
 

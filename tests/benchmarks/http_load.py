@@ -106,12 +106,13 @@ class ClosedLoop:
         """Go on for so long; what is under way at the end stays under way."""
         return self._turn(time.perf_counter() + seconds, draining=False)
 
-    def drain(self) -> None:
+    def drain(self) -> Sample:
         """Take the answers that are still due, and close."""
-        self._turn(time.perf_counter() + DRAIN_SECONDS_MAX, draining=True)
+        sample = self._turn(time.perf_counter() + DRAIN_SECONDS_MAX, draining=True)
         for connection in self._connections.values():
             connection.sock.close()
         self._epoll.close()
+        return sample
 
     def _turn(self, until: float, *, draining: bool) -> Sample:
         sample = Sample()
@@ -161,11 +162,13 @@ class Arrival:
     Attributes:
         due_s: When it was to be sent, from the start.
         latency_s: From then to its answer, whenever it was really sent.
+        request: What was, or should have been, sent.
     """
 
     due_s: float
     latency_s: float
     status: int
+    request: bytes
 
 
 def open_loop(
@@ -202,9 +205,10 @@ def open_loop(
         now = time.perf_counter() - began
         while following is not None and following <= now:
             connection = None
+            request = next(requests)
             if idle:
                 connection = idle.pop()
-                connection.due, connection.request = following, next(requests)
+                connection.due, connection.request = following, request
                 try:
                     connection.sock.send(connection.request)
                 except OSError:  # It was closed while idle.
@@ -212,12 +216,12 @@ def open_loop(
                     connection = None
             if connection is None and len(open_) < connections:
                 connection = _Connection()
-                connection.due, connection.request = following, next(requests)
+                connection.due, connection.request = following, request
                 connection.open(port)
                 open_[connection.sock.fileno()] = connection
                 epoll.register(connection.sock, select.EPOLLOUT)
             if connection is None:
-                arrivals.append(Arrival(following, now - following, UNSENT))
+                arrivals.append(Arrival(following, now - following, UNSENT, request))
             following = next(due, None)
         if now > ends[-1] + DRAIN_SECONDS_MAX:
             break
@@ -235,14 +239,18 @@ def open_loop(
                     idle.remove(connection)
                 else:
                     now = time.perf_counter() - began
-                    arrivals.append(Arrival(connection.due, now - connection.due, UNSENT))
+                    arrivals.append(
+                        Arrival(connection.due, now - connection.due, UNSENT, connection.request)
+                    )
                 lose(connection)
                 continue
             if answer is None:
                 continue
             status, closing = answer
             now = time.perf_counter() - began
-            arrivals.append(Arrival(connection.due, now - connection.due, status))
+            arrivals.append(
+                Arrival(connection.due, now - connection.due, status, connection.request)
+            )
             if closing:
                 lose(connection)
             else:

@@ -1,4 +1,4 @@
-"""What processes cost: the CPU time of whole trees, as the kernel counts it (Linux)."""
+"""What processes cost, as the kernel counts it (Linux): CPU time of whole trees, and memory."""
 
 import os
 from collections import defaultdict
@@ -29,6 +29,11 @@ def cpu_seconds(roots: Iterable[int]) -> float:
         left += children[pid]
         ticks += sum(map(int, stats[pid][_UTIME:_CUTIME]))
     return ticks / _TICKS_PER_S
+
+
+def resident_bytes(pid: int) -> int:
+    """What of a process is in memory (RSS), what it shares with others included."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def titles(root: int) -> list[str]:

@@ -33,6 +33,7 @@ from tests.benchmarks.processes import cpu_seconds, titles
 from tests.cluster import Cluster
 
 USERS = 10_000
+USER_IDS = tuple(f"bench-{number}" for number in range(USERS))
 REQUESTS_PER_USER = 2
 INCREMENT_MAX = 1000
 CONNECTIONS = (1, 64, 256)
@@ -254,12 +255,11 @@ class Pgbench:
         )
 
 
-def requests(cluster: Cluster) -> Iterator[bytes]:
-    """Prebuilt updates of all users, in a shuffled order, for ever."""
+def requests(cluster: Cluster, users: Sequence[str] = USER_IDS) -> list[bytes]:
+    """Prebuilt updates of these users, in a shuffled order."""
     rng = random.Random(SEED)
     built = []
-    for number in range(USERS):
-        user = f"bench-{number}"
+    for user in users:
         token = cluster.token(user)
         for _ in range(REQUESTS_PER_USER):
             body = f'{{"userId":"{user}","scoreIncrement":{rng.randint(1, INCREMENT_MAX)}}}'
@@ -271,7 +271,7 @@ def requests(cluster: Cluster) -> Iterator[bytes]:
                 ).encode()
             )
     rng.shuffle(built)
-    return itertools.cycle(built)
+    return built
 
 
 async def create_databases(cluster: Cluster) -> list[list[str]]:
@@ -321,15 +321,15 @@ def overload(api: Http, requests: Iterator[bytes], capacity: float) -> dict[str,
         "goodput_to_peak": len(done) / OVERLOAD_SECONDS / capacity,
         # 0 stands for what was not sent, or never answered.
         "statuses": dict(Counter(str(arrival.status) for arrival in offered)),
-        "accepted_p50_ms": _percentile(accepted, 50) * 1e3,
-        "accepted_p99_ms": _percentile(accepted, 99) * 1e3,
-        "refused_p99_ms": _percentile(refused, 99) * 1e3,
-        "calm_p50_ms": _percentile(before, 50) * 1e3,
+        "accepted_p50_ms": percentile(accepted, 50) * 1e3,
+        "accepted_p99_ms": percentile(accepted, 99) * 1e3,
+        "refused_p99_ms": percentile(refused, 99) * 1e3,
+        "calm_p50_ms": percentile(before, 50) * 1e3,
         "normal_after_s": normal_after(after, end, statistics.median(before)),
     }
 
 
-def _percentile(seconds: Sequence[float], percent: int) -> float:
+def percentile(seconds: Sequence[float], percent: int) -> float:
     """0 where there is nothing to take it of."""
     return statistics.quantiles(seconds, n=100)[percent - 1] if len(seconds) > 1 else 0.0
 
@@ -412,7 +412,7 @@ def main() -> None:
         cluster.up()
         ours = trees(cluster)
         node_urls, pgbench_urls = asyncio.run(create_databases(cluster))
-        updates = requests(cluster)
+        updates = itertools.cycle(requests(cluster))
         api = Http(cluster.port, ours, updates)
         contenders: dict[str, Contender] = {"ours": api}
         if source:
