@@ -7,6 +7,7 @@
 --
 -- KEYS[1] sorted set: user id -> score           KEYS[2] hash: user id -> reached, microseconds
 -- KEYS[3] hash: epoch, version, floor, floor_reached, message   (all three share a hash tag)
+--         and shown_epoch, shown_version, where a gateway found that it had shown a newer board
 -- ARGV[1] channel        ARGV[2] rows on the board
 -- ARGV[3] ARGV[4] the newest epoch and version the caller has seen; 0 0 for none
 -- ARGV[5] '1' when the scores that follow hold the true top, so that a board may start from them
@@ -23,6 +24,13 @@ local seen_epoch, seen_version = tonumber(ARGV[3]), tonumber(ARGV[4])
 local function whole(text)
   local number = tonumber(text)
   return number and number >= 0 and number < 2 ^ 53 and number == math.floor(number) and number
+end
+
+-- What a gateway has shown was seen, even if no replica that remembers it is left.
+local shown = redis.call('HMGET', board, 'shown_epoch', 'shown_version')
+local shown_epoch, shown_version = whole(shown[1]) or 0, whole(shown[2]) or 0
+if shown_epoch > seen_epoch or (shown_epoch == seen_epoch and shown_version > seen_version) then
+  seen_epoch, seen_version = shown_epoch, shown_version
 end
 
 local held = redis.call('HMGET', board, 'epoch', 'version', 'floor', 'floor_reached', 'message')

@@ -65,6 +65,17 @@ class Leaderboard:
         except ValueError as error:
             raise DamagedBoard(str(error)) from None
 
+    async def remind(self, shown: Board) -> None:
+        """Say that this board was shown, where Redis holds an older one or none.
+
+        The next board then begins a later epoch, as if an API replica had seen it. Without this, a
+        Redis that came back with less, to replicas that have all been restarted and with its clock
+        set back, would count on from boards that gateways must not show.
+        """
+        epoch, version = shown.position
+        shown_at: list[str | int] = ["shown_epoch", epoch, "shown_version", version]
+        await self._redis.hset(BOARD_KEY, items=shown_at)
+
     async def apply(self, scores: Iterable[Score]) -> bool:
         """
         Rank scores that are committed, and announce the board if that changed it.

@@ -132,7 +132,11 @@ class ReplicaSettings(Settings):
         "info", description="one of debug, info, warning, error"
     )
     redis_url: str = Field(
-        pattern=r"^rediss?://",
+        pattern=r"^rediss?(\+cluster)?://",
         repr=False,
-        description="a URL such as redis://:password@host:6379/0",
+        description="a URL such as redis://:password@host:6379/0, or redis+cluster://…",
+    )
+    trusted_proxies: Annotated[tuple[Network, ...], Listed] = Field(
+        ("127.0.0.1/32", "::1/128"),
+        description="comma-separated networks whose X-Real-IP and X-Request-ID are believed",
     )

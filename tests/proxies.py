@@ -255,3 +255,60 @@ async def cutting(
             cutters.append(await stack.enter_async_context(listening(cutter)))
         urls = [through(url, cutter.port) for url, cutter in zip(shard_urls, cutters, strict=True)]
         yield urls, cutters
+
+
+class UnreliableChannel(Proxy):
+    """Relays to Redis, and loses, doubles or holds back half of what it publishes.
+
+    Everything else passes: answers, and the confirmations of subscriptions and pings.
+
+    Attributes:
+        lost, doubled, late: How many messages met that fate.
+        at_work: Whether it does so.
+    """
+
+    def __init__(self, upstream_port: int, *, seed: int) -> None:
+        super().__init__(upstream_port)
+        self._random = random.Random(seed)
+        self.lost = self.doubled = self.late = 0
+        self.at_work = True
+
+    async def _exchange(self, client: End, server: End, flowing: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as directions:
+            directions.create_task(_pump(client[0], server[1], flowing))
+            directions.create_task(self._answers(server[0], client[1]))
+
+    async def _answers(self, server: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        held = b""
+        while True:
+            reply = await _redis_reply(server)
+            published = reply.split(b"\r\n", 3)[2:3] == [b"message"]
+            if not published or not self.at_work:
+                client.write(reply)
+                continue
+            match self._random.randrange(6):
+                case 0:
+                    self.lost += 1
+                case 1:
+                    self.doubled += 1
+                    client.write(reply + reply)
+                case 2 if not held:
+                    self.late += 1
+                    held = reply
+                    continue
+                case _:
+                    client.write(reply)
+            client.write(held)
+            held = b""
+
+
+async def _redis_reply(reader: asyncio.StreamReader) -> bytes:
+    """One reply of either protocol of Redis, as it came."""
+    line = await reader.readuntil(b"\r\n")
+    kind, length = line[:1], line[1:-2]
+    if kind in b"$=!" and length != b"-1":
+        return line + await reader.readexactly(int(length) + 2)
+    parts = {b"*": 1, b">": 1, b"~": 1, b"%": 2}.get(kind, 0) * int(
+        length if kind in b"*>~%" else 0
+    )
+    return line + b"".join([await _redis_reply(reader) for _ in range(parts)])

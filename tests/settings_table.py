@@ -19,7 +19,7 @@ def rows() -> list[str]:
         default = info.default
         if default is PydanticUndefined:
             shown = "required"
-        elif default is None:
+        elif default in (None, ()):
             shown = ""
         elif isinstance(default, tuple):
             shown = f"`{','.join(default)}`"

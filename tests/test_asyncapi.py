@@ -163,7 +163,7 @@ def test_a_row_is_the_same_in_both_documents() -> None:
 
 
 def test_a_refusal_has_the_error_s_body_and_headers() -> None:
-    """A refused handshake is a 400, a 401 with its challenge, a 426 or a 503 with its delay."""
+    """Among others a 401 with its challenge, a 426 with what to upgrade to, a 503 with its delay."""
     unauthorized = b'{"status":"error","message":"Unauthorized"}'
     overloaded = b'{"status":"error","message":"Service overloaded"}'
     check_refusal(400, {}, b'{"status":"error","message":"Bad request"}')
@@ -175,7 +175,7 @@ def test_a_refusal_has_the_error_s_body_and_headers() -> None:
     with pytest.raises(AssertionError):
         check_refusal(503, {"Retry-After": "1"}, unauthorized)
     with pytest.raises(AssertionError):
-        check_refusal(403, {"www-authenticate": "Bearer"}, unauthorized)
+        check_refusal(402, {"www-authenticate": "Bearer"}, unauthorized)
 
 
 def test_the_close_codes_are_the_gateway_s() -> None:

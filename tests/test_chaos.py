@@ -280,3 +280,22 @@ async def test_a_shard_with_a_full_disk_takes_only_its_own_users_with_it(
         stack.callback(cluster.command, "down")
         cluster.up(**counts)
         await assert_only_its_users_suffer(cluster, user, 1, partial(fill, data), 5)
+
+
+@pytest.mark.chaos
+async def test_reloads_of_nginx_fail_no_request(fresh: Cluster) -> None:
+    """Twenty of them, under load; WebSockets stay with the old workers."""
+    fresh.environ |= NO_QUOTA
+    fresh.up()
+    load = Load(fresh)
+    nginx = fresh.process("nginx")["pid"]
+    async with fresh.live() as socket, load.running("reloaded", 16, 0.01, ENDLESS):
+        for _ in range(20):
+            await asyncio.sleep(0.5)
+            os.kill(nginx, signal.SIGHUP)
+        await asyncio.sleep(4)
+        assert socket.close_code is None
+    assert set(load.answers) == {200}
+    assert load.broken == []
+    await load.assert_exact()
+    print(f"answers: {dict(load.answers)}")

@@ -1,14 +1,17 @@
 """ws /scores/live through Nginx, and the agreement of everyone who shows the board."""
 
 import asyncio
+import json
+import re
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 import websockets
 
 from services.api.shards import Shards
-from tests.cluster import Client, Cluster, receive_board, receive_until
-from tests.openapi import check_close, check_refusal
+from tests.cluster import Client, Cluster, Json, receive_board, receive_until
+from tests.openapi import check_close, check_live_message, check_refusal
 from tests.test_contract_top import leading_score
 
 LAST_CLIENT_S_MAX = 0.05
@@ -51,6 +54,36 @@ async def test_a_token_may_come_in_three_ways(cluster: Cluster) -> None:
     async with websockets.connect(url, subprotocols=protocols, proxy=None) as socket:
         assert socket.subprotocol == "scoreboard.v1"
         await receive_board(socket)
+
+
+async def test_the_board_comes_as_events_too(cluster: Cluster, client: Client, user: str) -> None:
+    """Through Nginx, as soon as it changes."""
+    bearer = {"Authorization": f"Bearer {cluster.token('watcher')}"}
+    async with client.http.stream("GET", "/scores/live/sse", headers=bearer) as response:
+        assert response.headers["Content-Type"] == "text/event-stream"
+        assert re.fullmatch("[0-9a-f]{32}", response.headers["X-Request-ID"])
+        lines = response.aiter_lines()
+        assert await next_event(lines) == await client.top()
+        score = await leading_score(client)
+        await client.post(user, score)
+        async with asyncio.timeout(5):
+            while (board := await next_event(lines))[0]["userId"] != user:
+                pass
+        assert board == await client.top()
+    refused = await client.request("GET", "/scores/live/sse")
+    posted = await client.request("POST", "/scores/live/sse", headers=bearer)
+    assert (refused.status, refused.json["message"]) == (401, "Unauthorized")
+    assert (posted.status, posted.headers["Allow"]) == (405, "GET")
+
+
+async def next_event(lines: AsyncIterator[str]) -> list[Json]:
+    """The board of the next event."""
+    async for line in lines:
+        if line.startswith("data: "):
+            check_live_message(line.removeprefix("data: "))
+            rows: list[Json] = json.loads(line.removeprefix("data: "))["topScores"]
+            return rows
+    raise EOFError
 
 
 async def test_without_one_valid_token_there_is_no_handshake(cluster: Cluster) -> None:

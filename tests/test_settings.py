@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from services.api.settings import ApiSettings
+from services.gateway.settings import GatewaySettings
 from shared.settings import SettingsError
 
 GOOD = {
@@ -50,6 +51,30 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} must be .+") as refusal:
         ApiSettings.from_environ({**GOOD, name: value})
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALLOWED_ORIGINS", "scores.example"),
+        ("ALLOWED_ORIGINS", "https://scores.example/"),
+        ("CONNECTIONS_MAX", "0"),
+        ("CONNECTIONS_PER_USER_MAX", "many"),
+        ("CONNECTIONS_PER_ADDRESS_MAX", "0"),
+        ("HANDSHAKES_PER_SECOND_MAX", "0"),
+        ("HANDSHAKES_PER_SECOND_MAX", "inf"),
+        ("COMPRESSION", "gzip"),
+        ("DRAIN_SECONDS", "-1"),
+        ("OPERATIONS_PORT", "80000"),
+        ("REDIS_URL", "cluster://a"),
+    ],
+)
+def test_a_gateway_s_wrong_value_is_refused_by_name(name: str, value: str) -> None:
+    """The same for what only the gateway reads."""
+    environ = {key: GOOD[key] for key in ("JWT_SECRET", "REDIS_URL")}
+    with pytest.raises(SettingsError, match=f"^{name} must be .+"):
+        GatewaySettings.from_environ({**environ, name: value})
+    GatewaySettings.from_environ({**environ, "REDIS_URL": "redis+cluster://:p@a:6379,b"})
 
 
 def test_a_retention_has_a_unit_or_is_in_seconds() -> None:

@@ -8,9 +8,6 @@ from contextlib import AsyncExitStack
 
 import structlog
 import uvloop
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -32,15 +29,13 @@ from shared.leaderboard import Leaderboard
 from shared.log import configure_logging
 from shared.loop import measure_loop
 from shared.operations import operations_routes
+from shared.redis import open_redis
 from shared.server import HttpServer, listen
 from shared.settings import SettingsError, exit_with
 from shared.token import TokenVerifier
 
 REDIS_TIMEOUT_S = 0.25
 """For one answer of Redis: it takes part of a millisecond, and a score need not wait for it."""
-
-REDIS_CONNECTIONS = 8
-"""Quotas, announcements and reads each have one command under way at a time."""
 
 GRACE_S = 10
 """For requests in flight when the replica is told to end; each ends within its own deadlines."""
@@ -78,7 +73,7 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
     async with AsyncExitStack() as stack:
         shards = await stack.enter_async_context(Shards.connect(settings.shard_urls))
         await shards.check()
-        redis = _open_redis(settings.redis_url)
+        redis = open_redis(settings.redis_url, timeout_s=REDIS_TIMEOUT_S)
         stack.push_async_callback(redis.aclose)
         leaderboard = Leaderboard(redis)
         verifier = TokenVerifier(settings)
@@ -155,18 +150,4 @@ async def _refuse(_request: Request, error: Exception) -> Response:
     message = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, error.detail)
     return Response(
         error_body(message), error.status_code, error.headers, media_type="application/json"
-    )
-
-
-def _open_redis(url: str) -> Redis:
-    return Redis.from_pool(
-        BlockingConnectionPool.from_url(
-            url,
-            max_connections=REDIS_CONNECTIONS,
-            timeout=REDIS_TIMEOUT_S,
-            socket_timeout=REDIS_TIMEOUT_S,
-            socket_connect_timeout=REDIS_TIMEOUT_S,
-            # Retrying is decided where it is known to be safe (redis-py would try 10 times).
-            retry=Retry(NoBackoff(), 0),
-        )
     )

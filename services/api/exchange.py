@@ -7,9 +7,6 @@ The endpoints are reached without Starlette's layers: they took 65 of an update'
 """
 
 import functools
-import ipaddress
-import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -20,10 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.api import metrics
 from shared.answers import error_body
-
-_EDGE_ID = re.compile(rb"[0-9a-f]{32}")
-
-_PEERS_CACHED = 1024
+from shared.edge import Edge
 
 SERVER_ERROR = 500
 """From this status on it is our fault."""
@@ -106,14 +100,7 @@ class Exchanges:
     ) -> None:
         self._endpoints = endpoints
         self._rest = rest
-        networks = [ipaddress.ip_network(network) for network in trusted_proxies]
-
-        @functools.lru_cache(_PEERS_CACHED)
-        def is_trusted(peer: str) -> bool:
-            address = ipaddress.ip_address(peer)
-            return any(address in network for network in networks)
-
-        self._is_trusted = is_trusted
+        self._edge = Edge(trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Identify, answer and measure one exchange."""
@@ -137,15 +124,16 @@ class Exchanges:
             _duration(route).observe(time.perf_counter() - started)
 
     def _identify(self, scope: Scope, receive: Receive) -> Exchange:
-        address = scope["client"][0]
+        peer = scope["client"][0]
         headers = dict(reversed(scope["headers"]))
-        request_id = None
-        if self._is_trusted(address):
-            if b"x-real-ip" in headers:
-                address = headers[b"x-real-ip"].decode("latin-1")
-            if _EDGE_ID.fullmatch(headers.get(b"x-request-id", b"")):
-                request_id = headers[b"x-request-id"].decode()
-        return Exchange(request_id or secrets.token_hex(16), address, headers, receive)
+        address = headers.get(b"x-real-ip", b"").decode("latin-1")
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        return Exchange(
+            self._edge.request_id(peer, request_id),
+            self._edge.client_address(peer, address),
+            headers,
+            receive,
+        )
 
     async def _pass_on(
         self, scope: Scope, exchange: Exchange, receive: Receive, send: Send

@@ -6,7 +6,7 @@ from limits import parse
 from pydantic import Field, StringConstraints, model_validator
 
 from services.api.submission import SCORE_MAX
-from shared.settings import Duration, Listed, Network, Rate, ReplicaSettings, Settings
+from shared.settings import Duration, Listed, Rate, ReplicaSettings, Settings
 from shared.token import TokenSettings
 
 OPERATION_RETENTION_MIN_S = 86_400
@@ -36,10 +36,6 @@ class ApiSettings(ReplicaSettings, TokenSettings, ShardSettings):
     )
     score_increment_max: int = Field(
         SCORE_MAX, ge=1, le=SCORE_MAX, description=f"a number from 1 to {SCORE_MAX}"
-    )
-    trusted_proxies: Annotated[tuple[Network, ...], Listed] = Field(
-        ("127.0.0.1/32", "::1/128"),
-        description="comma-separated networks whose X-Real-IP and X-Request-ID are believed",
     )
     operation_retention: Duration = Field(
         OPERATION_RETENTION_MIN_S,

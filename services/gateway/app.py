@@ -6,26 +6,33 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
+from contextlib import aclosing
 from typing import Any
 
 import structlog
 import uvloop
-from picows import WSCloseCode, WSProtocolError, ws_create_server
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from picows import WSCloseCode, WSProtocolError
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from services.gateway import metrics
-from services.gateway.clients import RECEIVE_ONLY, Clients
+from services.gateway.caps import AcceptRate, Caps
+from services.gateway.clients import RECEIVE_ONLY, Clients, deflated, frame
 from services.gateway.feed import Feed
-from services.gateway.handshake import Handshake
+from services.gateway.handshake import Door
+from services.gateway.leases import Leases
 from services.gateway.settings import GatewaySettings
+from services.gateway.streams import event
+from shared.board import Board, live_message
+from shared.edge import Edge
 from shared.log import configure_logging
 from shared.loop import measure_loop
 from shared.operations import operations_routes
-from shared.server import BACKLOG, HttpServer, listen
+from shared.redis import open_redis
+from shared.server import HttpServer, listen
 from shared.settings import SettingsError, exit_with
 from shared.token import TokenVerifier
 
@@ -41,23 +48,17 @@ not ask), and liveness, which alone restarts, does not look at Redis.
 REDIS_TIMEOUT_S = 1.0
 """To connect, and to answer: a read is repeated each second anyhow."""
 
-FRAME_BYTES_MAX = 1024
-"""Of what is read of a frame, which bounds what a connection may make us keep. A client may send
-nothing, but control frames hold up to 125 bytes. Whoever announces a frame up to this long and
-never ends it has until the next pong is due."""
-
-HANDSHAKE_TIMEOUT_S = 5.0
-
-READ_BUFFER_BYTES = 2048
-"""A connection's, kept all its life: picows's least, and room for the usual request."""
-
 SEND_BUFFER_BYTES = 16 * 1024
 """The kernel's, a connection. Holds the largest board (10 names of 255 characters) and some twenty
 usual ones; by default it grows to megabytes, where boards would grow old unseen."""
 
 FILES_RESERVED = 1000
-"""Beside the clients: handshakes in flight, Redis, operations. They must never run out: out of
-files, aiofastnet 1.2 fails in its own error handling and spins."""
+"""Beside the clients: requests in flight (500, and 256 just accepted), Redis, operations. They must
+never run out: out of files, aiofastnet 1.2 fails in its own error handling and spins."""
+
+CANCEL_AGAIN_S = 2 * REDIS_TIMEOUT_S
+"""A cancellation that meets a task amid an error of Redis may be lost on it (seen once in a drain
+of 5,000 clients): the process would never end."""
 
 OPERATIONS_SHUTDOWN_S = 2
 """How long the end waits for a scrape under way."""
@@ -106,24 +107,49 @@ def _connections_max(wanted: int) -> int:
 
 async def serve(settings: GatewaySettings, door: socket.socket, operations: socket.socket) -> None:
     """Run the gateway on two bound sockets: until a signal, then drained, or until a second one."""
-    connections_max = _connections_max(settings.connections_max)
-    clients = Clients(limit=connections_max, limit_per_user=settings.connections_per_user_max)
-    verifier = TokenVerifier(settings)
-    redis = Redis.from_url(
-        settings.redis_url,
-        socket_timeout=REDIS_TIMEOUT_S,
-        socket_connect_timeout=REDIS_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),  # The feed does it again by itself.
+    caps = Caps(
+        total=_connections_max(settings.connections_max),
+        per_user=settings.connections_per_user_max,
+        per_address=settings.connections_per_address_max,
     )
-    feed = Feed(redis, clients.publish)
-    metrics.CONNECTIONS.set_function(lambda: len(clients))
-    metrics.CONNECTIONS_MAX.set(connections_max)
-    metrics.STALLED.set_function(lambda: clients.stalled)
+    sockets: Clients[bytearray] = Clients(caps, "websocket")
+    compressed: Clients[bytearray] = Clients(caps, "websocket-deflate")
+    streams: Clients[bytes] = Clients(caps, "sse")
+    verifier = TokenVerifier(settings)
+    loop = asyncio.get_running_loop()
+    redis = open_redis(settings.redis_url, timeout_s=REDIS_TIMEOUT_S)
+
+    def publish(board: Board) -> None:
+        message = live_message(board)
+        metrics.BOARD_BYTES.set(len(message))
+        sockets.publish(frame(message))
+        if settings.compression:
+            compressed.publish(frame(deflated(message)))
+        streams.publish(event(board.position, message))
+
+    feed = Feed(redis, publish)
+    leases = Leases(redis, caps)
+    entrance = Door(
+        sockets,
+        compressed,
+        streams,
+        caps,
+        AcceptRate(settings.handshakes_per_second_max, loop.time()),
+        Edge(settings.trusted_proxies),
+        settings.allowed_origins,
+        settings.compression,
+        verifier.verify,
+    )
+    metrics.CONNECTIONS.set_function(lambda: entrance.connections)
+    metrics.CONNECTIONS_MAX.set(caps.total)
+    metrics.STALLED.set_function(lambda: sum(kind.stalled for kind in entrance.kinds))
+    metrics.USERS.set_function(lambda: caps.users)
+    metrics.OPENINGS.set_function(lambda: len(entrance.openings))
     metrics.BOARD_AGE_S.set_function(lambda: feed.age_s)
     metrics.FEED_CONNECTED.set_function(lambda: feed.subscribed)
 
     def readiness() -> str | None:
-        if clients.draining:
+        if sockets.draining:
             return "draining"
         if feed.board is None:
             return "no board yet"
@@ -132,46 +158,49 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         return None
 
     jobs: list[Coroutine[Any, Any, None]] = [
-        clients.broadcast(),
-        clients.keep_time(),
+        *(job for kind in entrance.kinds for job in (kind.broadcast(), kind.keep_time())),
         feed.follow(),
         feed.compare(),
+        leases.keep(),
         measure_loop(),
     ]
     if verifier.key_set is not None:
         jobs.append(verifier.key_set.follow())
 
     signals = _signals()
-    async with redis, asyncio.TaskGroup() as tasks:
+
+    async def drain(_request: Request) -> Response:
+        if not sockets.draining:
+            signals.put_nowait(signal.SIGTERM)
+        return JSONResponse({"status": "draining"}, 202)
+
+    async with aclosing(redis), asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(job) for job in jobs]
         inside = HttpServer(
-            Starlette(routes=operations_routes(readiness)), grace_s=OPERATIONS_SHUTDOWN_S
+            Starlette(
+                routes=[*operations_routes(readiness), Route("/drain", drain, methods=["POST"])]
+            ),
+            grace_s=OPERATIONS_SHUTDOWN_S,
         )
         tasks.create_task(inside.serve([operations]))
-        server = await ws_create_server(
-            Handshake(clients, verifier.verify),
-            sock=door,
-            backlog=BACKLOG,
-            websocket_handshake_timeout=HANDSHAKE_TIMEOUT_S,
-            # An adapter, because of a plain logger picows makes a child for every connection.
-            logger_name=logging.LoggerAdapter(logging.getLogger("picows"), {}),
-            # Ours are cheaper, and stop for a client that takes nothing.
-            enable_auto_ping=False,
-            enable_auto_pong=False,
-            max_frame_size=FRAME_BYTES_MAX,
-            read_buffer_init_size=READ_BUFFER_BYTES,
-        )
+        server = await entrance.open(door)
         log.info("gateway.started", port=settings.port, operations_port=settings.operations_port)
         await signals.get()
-        log.info("gateway.draining", connections=len(clients))
+        log.info("gateway.draining", connections=entrance.connections)
         server.close()
-        draining = tasks.create_task(clients.drain(settings.drain_seconds))
+        draining = tasks.create_task(_drain(entrance.kinds, settings.drain_seconds))
         again = tasks.create_task(signals.get())
         await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("gateway.stopped", connections=len(clients))
+        log.info("gateway.stopped", connections=entrance.connections)
         inside.should_exit = True
-        for task in (*running, draining, again):
-            task.cancel()
+        while pending := [task for task in (*running, draining, again) if not task.done()]:
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+
+
+async def _drain(everyone: Iterable[Clients[Any]], window_s: float) -> None:
+    await asyncio.gather(*(clients.drain(window_s) for clients in everyone))
 
 
 def _signals() -> asyncio.Queue[signal.Signals]:

@@ -12,15 +12,16 @@ when it stops, the transport keeps the rest of that one frame and says so (``pau
 
 import asyncio
 import random
-from collections import Counter
+import zlib
 from contextlib import suppress
 from enum import IntEnum
-from typing import cast
+from typing import Generic, Protocol, TypeVar, cast
 
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
 from services.gateway import metrics
-from services.gateway.wheel import TICK_S, Wheel
+from services.gateway.caps import Caps, Counted
+from services.gateway.wheel import TICK_S, Timed, Wheel
 
 PING_EVERY_S = 20.0
 """Between pings, and how long a pong may take. Proxies drop what is silent for 60 s."""
@@ -67,11 +68,35 @@ CLOSE_CODES_RECEIVABLE = frozenset({*range(1000, 1004), *range(1007, 1015), *ran
 """What a peer may send: the rest is reserved, or not for the wire (RFC 6455, section 7.4)."""
 
 
+F = TypeVar("F", bound=bytes | bytearray)
+
+
+class Shown(Counted, Timed, Protocol):
+    """A connection of either kind, as :class:`Clients` needs it.
+
+    Attributes:
+        paused_at: Since when it takes nothing; None while it does.
+    """
+
+    paused_at: float | None
+
+    def show(self) -> bool:
+        """Send the newest board, unless it has it or cannot take it now."""
+
+    def check(self, now: float) -> None:
+        """Do what is due by now."""
+
+    def close(self, code: Close, reason: str) -> None:
+        """End it, and say why."""
+
+
 class Client(WSListener):
     """One connection.
 
     Attributes:
         subject: The user.
+        address: The client's.
+        counted: Whether it counts against the caps.
         expires_at: When the token expires, on the loop's clock.
         shown: The frame last sent.
         paused_at: Since when the client takes nothing; None while it does.
@@ -86,6 +111,8 @@ class Client(WSListener):
         "_heard",
         "_ping_at",
         "_transport",
+        "address",
+        "counted",
         "expires_at",
         "paused_at",
         "shown",
@@ -94,10 +121,15 @@ class Client(WSListener):
     )
 
     _transport: WSTransport
+    _compressed = False
 
-    def __init__(self, clients: "Clients", subject: str, expires_at: float) -> None:
+    def __init__(
+        self, clients: "Clients[bytearray]", subject: str, address: str, expires_at: float
+    ) -> None:
         self._clients = clients
         self.subject = subject
+        self.address = address
+        self.counted = False
         self.expires_at = expires_at
         self.shown: bytearray | None = None
         self.paused_at: float | None = None
@@ -110,7 +142,9 @@ class Client(WSListener):
 
     def on_ws_connected(self, transport: WSTransport) -> None:
         self._transport = transport
-        _forget_request(transport)
+        # picows keeps what the handshake said as long as the connection; nobody reads it again.
+        transport.request.headers.clear()
+        transport.response.headers.clear()
         # Tell of the first byte the kernel does not take, and again when it has taken the last:
         # then at most one board waits here.
         transport.underlying_transport.set_write_buffer_limits(high=0, low=0)
@@ -121,7 +155,7 @@ class Client(WSListener):
             metrics.FRAMES_SENT.inc(self.show())
             self._clients.wheel.put(self, self._due())
         else:
-            self.close(Close.TOO_MANY_CONNECTIONS, "too many connections")
+            self.refuse()
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
         ended = transport.close_handshake.sent if transport.is_close_frame_sent else None
@@ -131,6 +165,8 @@ class Client(WSListener):
         self._clients.leave(self)
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        control = frame.msg_type in (WSMsgType.PING, WSMsgType.PONG, WSMsgType.CLOSE)
+        metrics.FRAMES_RECEIVED.labels("control" if control else "data").inc()
         if frame.msg_type == WSMsgType.CLOSE:
             self._closed_by_client(frame.get_payload_as_bytes()[:2])
         elif self._close_by is not None:
@@ -157,6 +193,8 @@ class Client(WSListener):
         if self._control_frames > CONTROL_FRAMES_PER_S:
             self.close(Close.RECEIVE_ONLY, "too many pings")
             return
+        if frame.msg_type == WSMsgType.PONG and not self._heard:
+            metrics.PONG_SECONDS.observe(self._clients.now() - self._ping_at + PING_EVERY_S)
         self._heard = True
         # A client that takes nothing would make us keep its pongs.
         if frame.msg_type == WSMsgType.PING and self.paused_at is None:
@@ -182,8 +220,14 @@ class Client(WSListener):
         if self._close_by is not None or self.paused_at is not None:
             return False
         self.shown = newest
-        self._transport.send_reuse_external_bytearray(WSMsgType.TEXT, newest, FRAME_OFFSET)
+        self._transport.send_reuse_external_bytearray(
+            WSMsgType.TEXT, newest, FRAME_OFFSET, True, self._compressed
+        )
         return True
+
+    def refuse(self) -> None:
+        """Its user or its address has too many."""
+        self.close(Close.TOO_MANY_CONNECTIONS, "too many connections")
 
     def close(self, code: Close, reason: str) -> None:
         """Start the closing handshake; the client has ``CLOSE_TIMEOUT_S`` to finish it."""
@@ -219,58 +263,73 @@ class Client(WSListener):
         return min(at, self.expires_at)
 
 
-class Clients:
-    """The connections of this process.
+class DeflatedClient(Client):
+    """One connection with permessage-deflate (RFC 7692).
+
+    Neither side keeps a context from message to message, so one compressed board does for all, and
+    a connection costs nothing more.
+    """
+
+    __slots__ = ()
+
+    _compressed = True
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        data = frame.msg_type in (WSMsgType.TEXT, WSMsgType.BINARY)
+        if data and frame.rsv1 and self._close_by is None:
+            self.close(Close.RECEIVE_ONLY, RECEIVE_ONLY)
+        else:
+            super().on_ws_frame(transport, frame)
+
+
+class Clients(Generic[F]):
+    """The connections of one kind in this process: WebSockets, deflated ones, or event streams.
 
     Attributes:
-        newest: The frame of the newest board: ``FRAME_OFFSET`` bytes for the header, then the
-            message. None before the first board.
+        newest: The newest board as all of them are sent it; None before the first one. For
+            WebSockets ``FRAME_OFFSET`` bytes for the header, then the message.
         wheel: When to look at whom again.
         stalled: How many take nothing at the moment.
         draining: Set when the process is to end.
     """
 
-    def __init__(self, *, limit: int, limit_per_user: int) -> None:
-        self._limit = limit
-        self._limit_per_user = limit_per_user
+    def __init__(self, caps: Caps, transport: str) -> None:
+        """
+        Args:
+            transport: What metrics call the kind.
+        """
+        self._caps = caps
+        self._pass_seconds = metrics.PASS_SECONDS.labels(transport)
+        metrics.CONNECTIONS_OF.labels(transport).set_function(self.__len__)
         self.now = asyncio.get_running_loop().time
-        self.wheel: Wheel[Client] = Wheel(self.now())
-        self.newest: bytearray | None = None
+        self.wheel: Wheel[Shown] = Wheel(self.now())
+        self.newest: F | None = None
         self.stalled = 0
         self.draining = False
-        self._open: set[Client] = set()
-        self._of_user: Counter[str] = Counter()
+        self._open: set[Shown] = set()
         self._newer = asyncio.Event()
         self._left = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    @property
-    def accepting(self) -> bool:
-        """Whether one more could be shown a board."""
-        return self.newest is not None and not self.draining and len(self._open) < self._limit
-
-    def join(self, client: Client) -> bool:
-        """Count the client in; False when its user has too many, and it must be closed."""
+    def join(self, client: Shown) -> bool:
+        """Take the client in; False when there are too many, and it must be closed."""
         self._open.add(client)
-        self._of_user[client.subject] += 1
-        return self._of_user[client.subject] <= self._limit_per_user
+        return self._caps.join(client)
 
-    def leave(self, client: Client) -> None:
+    def leave(self, client: Shown) -> None:
         """Forget the client."""
         self._open.discard(client)
-        self._of_user[client.subject] -= 1
-        if not self._of_user[client.subject]:
-            del self._of_user[client.subject]
+        self._caps.leave(client)
         if client.paused_at is not None:
             self.stalled -= 1
         self.wheel.drop(client)
         self._left.set()
 
-    def publish(self, message: bytes) -> None:
-        """Show ``message`` to everyone, soon. Only ever called with a newer board."""
-        self.newest = bytearray(FRAME_OFFSET) + message
+    def publish(self, newest: F) -> None:
+        """Show this to everyone, soon. Only ever called with a newer board."""
+        self.newest = newest
         self._newer.set()
 
     async def broadcast(self) -> None:
@@ -282,6 +341,7 @@ class Clients:
         while True:
             await self._newer.wait()
             self._newer.clear()
+            begun = self.now()
             clients = tuple(self._open)
             for start in range(0, len(clients), SLICE):
                 sent = skipped = 0
@@ -293,6 +353,7 @@ class Clients:
                 metrics.FRAMES_SENT.inc(sent)
                 metrics.FRAMES_SKIPPED.inc(skipped)
                 await asyncio.sleep(0)
+            self._pass_seconds.observe(self.now() - begun)
 
     async def keep_time(self) -> None:
         """Turn the wheel."""
@@ -330,15 +391,13 @@ class Clients:
                     await self._left.wait()
 
 
-def _forget_request(transport: WSTransport) -> None:
-    """Drop what the handshake said, the token above all; picows keeps it as long as the connection.
+def frame(message: bytes) -> bytearray:
+    """What :class:`Clients` of WebSockets publish for a message."""
+    return bytearray(FRAME_OFFSET) + message
 
-    So does its read buffer: of 300 connected clients' tokens, 286 stood in the process's memory
-    before it was overwritten here, and 3 with it, in memory freed and not yet used again.
-    """
-    transport.request.headers.clear()
-    transport.request.path = b""
-    transport.response.headers.clear()
-    reader = cast("asyncio.BufferedProtocol", transport.underlying_transport.get_protocol())
-    free = cast("memoryview", reader.get_buffer(-1))
-    free[:] = bytes(len(free))
+
+def deflated(message: bytes) -> bytes:
+    """The message as permessage-deflate has it, with no context (RFC 7692, section 7.2.1)."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    data = deflate.compress(message) + deflate.flush(zlib.Z_SYNC_FLUSH)
+    return data.removesuffix(b"\x00\x00\xff\xff")

@@ -16,8 +16,9 @@ import structlog
 from redis.asyncio import Redis
 
 from services.gateway import metrics
-from shared.board import Board, decode_board, live_message
+from shared.board import Board, decode_board
 from shared.leaderboard import CHANNEL, REDIS_FAILURES, DamagedBoard, Leaderboard
+from shared.redis import open_subscription
 
 COMPARE_EVERY_S = 1.0
 """Between reads: how long a board lost on the channel stays unseen."""
@@ -45,7 +46,7 @@ class Feed:
         subscribed: Whether the subscription is up.
     """
 
-    def __init__(self, redis: Redis, publish: Callable[[bytes], None]) -> None:
+    def __init__(self, redis: Redis, publish: Callable[[Board], None]) -> None:
         self._redis = redis
         self._leaderboard = Leaderboard(redis)
         self._publish = publish
@@ -74,7 +75,7 @@ class Feed:
             await asyncio.sleep(random.uniform(*RESUBSCRIBE_AFTER_S))  # noqa: S311
 
     async def _listen(self) -> None:
-        async with self._redis.pubsub() as channel:
+        async with await open_subscription(self._redis) as channel:
             await channel.subscribe(CHANNEL)
             heard = pinged = self._now()
             while self._now() - heard < SILENCE_MAX_S:
@@ -91,6 +92,7 @@ class Feed:
     def _receive(self, message: dict[str, Any]) -> None:
         if message["type"] == "subscribe":
             self.subscribed = True
+            metrics.SUBSCRIPTIONS.inc()
             self._in_doubt.set()
             log.info("feed.subscribed")
         elif message["type"] == "message":
@@ -128,15 +130,19 @@ class Feed:
             return
         self._take(board, source="poll")
         # A Redis that came back empty or behind confirms nothing: it waits for its rebuild.
-        if self.board is not None and board.position >= self.board.position:
+        if self.board is None or board.position >= self.board.position:
             self._confirmed_at = self._now()
+        else:
+            await self._leaderboard.remind(self.board)
 
     def _take(self, board: Board, *, source: str) -> bool:
         """Pass the board on if it is newer than the one held."""
         if self.board is not None and board.position <= self.board.position:
             return False
         metrics.BOARDS_RECEIVED.labels(source).inc()
+        if self.board is not None and board.epoch == self.board.epoch:
+            metrics.VERSIONS_MISSED.inc(board.version - self.board.version - 1)
         metrics.BOARD_VERSION.set(board.version)
         self.board = board
-        self._publish(live_message(board))
+        self._publish(board)
         return True

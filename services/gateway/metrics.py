@@ -3,9 +3,24 @@
 Label values come from small fixed sets, never from a request: a user as a label is a memory leak.
 """
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
-CONNECTIONS = Gauge("scoreboard_gateway_connections", "Open WebSocket connections.")
+CONNECTIONS = Gauge("scoreboard_gateway_connections", "Open connections of all kinds.")
+
+CONNECTIONS_OF = Gauge(
+    "scoreboard_gateway_transport_connections",
+    "Open connections of one kind: `websocket`, `websocket-deflate` or `sse`.",
+    ["transport"],
+)
+
+CONNECTIONS_MAX = Gauge(
+    "scoreboard_gateway_connections_max", "How many connections the process takes at most."
+)
+
+CAPS_SHARED = Gauge(
+    "scoreboard_gateway_caps_shared",
+    "1 while connections of a user and an address are counted over all gateways, else 0.",
+)
 
 CONNECTIONS_MAX = Gauge(
     "scoreboard_gateway_connections_max", "How many connections the process takes at most."
@@ -13,8 +28,8 @@ CONNECTIONS_MAX = Gauge(
 
 HANDSHAKES = Counter(
     "scoreboard_gateway_handshakes_total",
-    "Handshakes, by how they were answered.",
-    ["result"],
+    "Requests to connect, by how they were answered.",
+    ["result", "transport"],
 )
 
 CLOSES = Counter(
@@ -61,4 +76,39 @@ FRAMES_SKIPPED = Counter(
 
 STALLED = Gauge(
     "scoreboard_gateway_stalled_clients", "Clients that do not take what was sent to them."
+)
+
+USERS = Gauge("scoreboard_gateway_users", "Users with at least one connection.")
+
+OPENINGS = Gauge("scoreboard_gateway_openings", "Connections whose request is not complete.")
+
+VERSIONS_MISSED = Counter(
+    "scoreboard_gateway_versions_missed_total",
+    "Boards never received, by the gaps between versions; newer ones came instead.",
+)
+
+SUBSCRIPTIONS = Counter(
+    "scoreboard_gateway_feed_subscriptions_total",
+    "Times the channel was subscribed to: once, and once after each loss of the subscription.",
+)
+
+BOARD_BYTES = Gauge("scoreboard_gateway_board_bytes", "Length of the message of the board held.")
+
+PASS_SECONDS = Histogram(
+    "scoreboard_gateway_pass_seconds",
+    "From the begin to the end of sending a board to all, by transport.",
+    ["transport"],
+    buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5),
+)
+
+PONG_SECONDS = Histogram(
+    "scoreboard_gateway_pong_seconds",
+    "From a ping to its pong.",
+    buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 20),
+)
+
+FRAMES_RECEIVED = Counter(
+    "scoreboard_gateway_frames_received_total",
+    "Frames from clients: `control`, or `data`, which they may not send.",
+    ["kind"],
 )

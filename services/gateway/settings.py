@@ -1,8 +1,10 @@
 """What a gateway is told by its environment."""
 
-from pydantic import Field
+from typing import Annotated
 
-from shared.settings import ReplicaSettings
+from pydantic import Field, StringConstraints
+
+from shared.settings import Listed, ReplicaSettings
 from shared.token import TokenSettings
 
 
@@ -17,6 +19,30 @@ class GatewaySettings(ReplicaSettings, TokenSettings):
     # A person's tabs and devices. More is a program that forgets to close.
     connections_per_user_max: int = Field(
         20, ge=1, description="a number of connections, at least 1"
+    )
+    # An address may be a company's, or a provider's for thousands of customers.
+    connections_per_address_max: int = Field(
+        10_000, ge=1, description="a number of connections, at least 1"
+    )
+    # A third of what one process can: the rest is for those who are connected already.
+    handshakes_per_second_max: float = Field(
+        1000, ge=1, le=1_000_000, description="new connections a second, from 1 to 1000000"
+    )
+    allowed_origins: Annotated[
+        tuple[
+            Annotated[
+                str,
+                StringConstraints(to_lower=True, pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+$"),
+            ],
+            ...,
+        ],
+        Listed,
+    ] = Field(
+        (),
+        description="comma-separated origins of pages, such as https://scores.example; none: any",
+    )
+    compression: bool = Field(
+        True, description="true or false: whether clients that offer it get boards compressed"
     )
     # Below the 30 s an orchestrator commonly waits before it kills.
     drain_seconds: float = Field(20.0, ge=0, le=3600, description="seconds from 0 to 3600")

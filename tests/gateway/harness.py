@@ -10,8 +10,8 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -27,6 +27,8 @@ from tests.openapi import check_close, check_live_message
 SECRET = "a-secret-that-only-these-tests-use"
 
 REQUEST_TIMEOUT_S = 5.0
+
+START_S_MAX = 15.0
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 """RFC 6455's own example of a handshake's key."""
@@ -89,10 +91,17 @@ class Answer:
 class Gateway:
     """A gateway process."""
 
-    def __init__(self, redis_url: str, log: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        log: Path,
+        settings: Mapping[str, str],
+        module: Sequence[str] = ("services.gateway",),
+    ) -> None:
         self.port = free_port()
         self.operations_port = free_port()
         self._log = log
+        self._module = module
         self._environment = {
             "PATH": os.environ["PATH"],
             "PORT": str(self.port),
@@ -108,7 +117,7 @@ class Gateway:
         """Start; returns when it listens."""
         with self._log.open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "services.gateway", env=self._environment, stdout=log
+                *(sys.executable, "-m", *self._module), env=self._environment, stdout=log
             )
 
         async def listens() -> bool:
@@ -117,7 +126,7 @@ class Gateway:
             except OSError:
                 return False
 
-        await eventually(listens)
+        await eventually(listens, within_s=START_S_MAX, what="the gateway listens")
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Send a signal."""
@@ -140,11 +149,18 @@ class Gateway:
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
         """Ask the clients' port."""
-        return await get(self.port, path, headers or {})
+        return await ask(self.port, path, headers or {})
 
-    async def operations(self, path: str) -> Answer:
+    async def operations(self, path: str, method: str = "GET") -> Answer:
         """Ask the operations port."""
-        return await get(self.operations_port, path, {"Connection": "close"})
+        return await ask(self.operations_port, path, {"Connection": "close"}, method)
+
+    def stream(
+        self, bearer: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> "AbstractAsyncContextManager[EventStream]":
+        """An event stream; its token is in a header."""
+        authorization = {"Authorization": f"Bearer {token() if bearer is None else bearer}"}
+        return stream(self.port, authorization | dict(headers or {}))
 
     async def metric(self, name: str, **labels: str) -> float:
         """The value of ``scoreboard_gateway_<name>``; 0 where there is none yet."""
@@ -160,13 +176,15 @@ class Gateway:
         async def is_ready() -> bool:
             return (await self.operations("/readyz")).status == 200
 
-        await eventually(is_ready)
+        await eventually(is_ready, within_s=START_S_MAX, what="the gateway is ready")
 
 
 @asynccontextmanager
-async def running_gateway(redis_url: str, log: Path, **settings: str) -> AsyncIterator[Gateway]:
+async def running_gateway(
+    redis_url: str, log: Path, *, module: Sequence[str] = ("services.gateway",), **settings: str
+) -> AsyncIterator[Gateway]:
     """A gateway for as long as the block."""
-    gateway = Gateway(redis_url, log, settings)
+    gateway = Gateway(redis_url, log, settings, module)
     await gateway.start()
     try:
         yield gateway
@@ -176,26 +194,105 @@ async def running_gateway(redis_url: str, log: Path, **settings: str) -> AsyncIt
             await gateway.process.wait()
 
 
-async def get(port: int, path: str, headers: Mapping[str, str]) -> Answer:
-    """One GET on its own connection."""
+async def ask(port: int, path: str, headers: Mapping[str, str], method: str = "GET") -> Answer:
+    """One request on its own connection."""
     async with asyncio.timeout(REQUEST_TIMEOUT_S):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            lines = [f"GET {path} HTTP/1.1", "Host: gateway"]
+            lines = [f"{method} {path} HTTP/1.1", "Host: gateway"]
             lines += [f"{name}: {value}" for name, value in headers.items()]
             writer.write("\r\n".join([*lines, "", ""]).encode())
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            fields = dict(line.split(": ", 1) for line in head[1:] if line)
-            answer = Answer(
-                int(head[0].split()[1]),
-                {name.lower(): value for name, value in fields.items()},
-                b"",
-            )
-            if answer.status != 101:
-                answer.body = await reader.readexactly(int(answer.headers["content-length"]))
-            return answer
+            return await read_answer(reader)
         finally:
             writer.close()
+
+
+async def read_answer(reader: asyncio.StreamReader) -> Answer:
+    """An answer, with its body if it says how long that is."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    fields = dict(line.split(": ", 1) for line in head[1:] if line)
+    headers = {name.lower(): value for name, value in fields.items()}
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    return Answer(int(head[0].split()[1]), headers, body)
+
+
+@dataclass
+class Event:
+    """A server-sent event."""
+
+    id: str
+    data: str
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Epoch and version."""
+        return tuple(map(int, self.id.split("-")))
+
+
+class EventStream:
+    """A client of the event stream, which reads it as the standard says.
+
+    Attributes:
+        answer: What the gateway answered; only 200 begins a stream.
+        retry_ms: What it was last told to wait before it reconnects.
+        comments: How many it was sent.
+    """
+
+    def __init__(self, answer: Answer, reader: asyncio.StreamReader) -> None:
+        self.answer = answer
+        self._reader = reader
+        self.retry_ms: int | None = None
+        self.comments = 0
+
+    async def event(self, within_s: float = REQUEST_TIMEOUT_S) -> Event:
+        """The next event. Raises EOFError where the stream has ended."""
+        fields: dict[str, str] = {}
+        async with asyncio.timeout(within_s):
+            while line := (await self._reader.readuntil(b"\n")).decode():
+                name, _, value = line.rstrip("\n").partition(": ")
+                if line == "\n" and "data" in fields:
+                    return Event(fields["id"], fields["data"])
+                if line.startswith(":"):
+                    self.comments += 1
+                elif name == "retry":
+                    self.retry_ms = int(value)
+                else:
+                    fields[name] = value
+        raise EOFError
+
+    async def score(self, within_s: float = REQUEST_TIMEOUT_S) -> int:
+        """The score on the next board, which has one row."""
+        return score_of((await self.event(within_s)).data)
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Whether the gateway ends the stream in that time."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.ended()
+        except TimeoutError:
+            return False
+        return True
+
+    async def ended(self) -> None:
+        """Wait until the gateway has ended the stream, whatever it sends before."""
+        with suppress(EOFError):
+            while True:
+                await self.event()
+
+
+@asynccontextmanager
+async def stream(port: int, headers: Mapping[str, str]) -> AsyncIterator[EventStream]:
+    """Ask for an event stream."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    lines = ["GET /scores/live/sse HTTP/1.1", "Host: gateway", "Accept: text/event-stream"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    writer.write("\r\n".join([*lines, "", ""]).encode())
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            answer = await read_answer(reader)
+        yield EventStream(answer, reader)
+    finally:
+        writer.close()
 
 
 def score_of(message: str | bytes) -> int:
@@ -242,10 +339,12 @@ class RawClient:
         return cls(*await asyncio.open_connection(sock=sock, limit=1024))
 
     @classmethod
-    async def connect(cls, port: int, receive_bytes: int | None = None) -> Self:
+    async def connect(
+        cls, port: int, receive_bytes: int | None = None, bearer: str | None = None
+    ) -> Self:
         """Complete a handshake."""
         client = await cls.open(port, receive_bytes)
-        lines = [f"GET /scores/live?token={token()} HTTP/1.1", "Host: gateway"]
+        lines = [f"GET /scores/live?token={bearer or token()} HTTP/1.1", "Host: gateway"]
         lines += [f"{name}: {value}" for name, value in UPGRADE.items()]
         client.writer.write("\r\n".join([*lines, "", ""]).encode())
         head = await client.reader.readuntil(b"\r\n\r\n")

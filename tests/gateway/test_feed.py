@@ -1,17 +1,25 @@
 """The newest board reaches clients whatever happens to Redis."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
+from services.gateway.leases import GATEWAYS_KEY
+from shared.board import Score
+from shared.leaderboard import BOARD_KEY, Leaderboard
+from shared.redis import open_redis
 from tests.cluster import eventually
-from tests.gateway.harness import Gateway, Scores, next_score, running_gateway
+from tests.gateway.harness import Gateway, Scores, closed, next_score, running_gateway
 from tests.openapi import check_refusal
-from tests.proxies import Proxy, proxy_to
-from tests.valkey import Valkey
+from tests.proxies import Proxy, UnreliableChannel, listening, proxy_to
+from tests.valkey import Valkey, ValkeyCluster
 
 HEALED_WITHIN_S = 2.0
 
@@ -130,6 +138,111 @@ async def test_a_redis_that_comes_back_empty_takes_nothing_away(chain: Chain) ->
         chain.scores.later()
         await chain.scores.announce(2)
         assert await next_score(client, HEALED_WITHIN_S) == 2
+
+
+async def test_a_redis_that_nobody_remembers_is_believed_again(chain: Chain) -> None:
+    """Its clock went back, and all API replicas are new: the gateway says what it has shown."""
+    async with chain.gateway.connect() as client:
+        await next_score(client)
+        await chain.scores.publish(chain.scores.board(2, epoch=int((time.time() + 3600) * 1e6)))
+        assert await next_score(client) == 2
+        leaderboard = Leaderboard(chain.scores.redis)
+        await chain.scores.redis.delete(BOARD_KEY)
+        await asyncio.sleep(HEALED_WITHIN_S / 2 + 0.2)
+
+        assert not await leaderboard.apply([Score("ana", 3, 1)])
+        await leaderboard.rebuild([Score("ana", 3, 1)], {})
+
+        assert await next_score(client, HEALED_WITHIN_S) == 3
+        assert await leaderboard.apply([Score("ana", 4, 2)])
+        assert await next_score(client, HEALED_WITHIN_S) == 4
+        await chain.gateway.ready()
+
+
+async def test_an_older_redis_is_not_believed(chain: Chain) -> None:
+    """As long as nobody has rebuilt it, the newer board stays."""
+    async with chain.gateway.connect() as client:
+        await next_score(client)
+        older = chain.scores.board(2)
+        await chain.scores.announce(3)
+        assert await next_score(client) == 3
+        await chain.scores.keep(older)
+        with pytest.raises(TimeoutError):
+            await next_score(client, 2.5)
+
+
+async def test_half_of_the_messages_lost_doubled_or_late(tmp_path: Path) -> None:
+    """No client sees an older board after a newer one, and all hold the true one when it heals."""
+    valkey = Valkey(tmp_path)
+    await valkey.start()
+    async with (
+        listening(UnreliableChannel(valkey.port, seed=5)) as channel,
+        Redis.from_url(valkey.url) as redis,
+    ):
+        scores = Scores(redis)
+        await scores.announce(1)
+        url = f"redis://127.0.0.1:{channel.port}/0"
+        async with running_gateway(url, tmp_path / "log") as gateway:
+            await gateway.ready()
+            await subscribed(gateway)
+            async with gateway.connect() as socket, gateway.stream() as stream:
+                for score in range(2, 202):
+                    await scores.announce(score)
+                    await asyncio.sleep(0.01)
+                channel.at_work = False
+                shown_by_socket = await scores_until(partial(next_score, socket), 201)
+                shown_by_stream = await scores_until(stream.score, 201)
+            assert min(channel.lost, channel.doubled, channel.late) > 10
+            for shown in (shown_by_socket, shown_by_stream):
+                assert shown == sorted(set(shown))
+            missed = await gateway.metric("versions_missed_total")
+            assert channel.lost <= missed <= channel.lost + channel.late
+    await valkey.kill()
+
+
+async def scores_until(next_one: Callable[[float], Awaitable[int]], last: int) -> list[int]:
+    """What a client is shown until the last score, which must come soon."""
+    shown: list[int] = []
+    async with asyncio.timeout(HEALED_WITHIN_S):
+        while not shown or shown[-1] != last:
+            shown.append(await next_one(HEALED_WITHIN_S))
+    return shown
+
+
+async def test_a_redis_cluster(tmp_path: Path) -> None:
+    """Boards, caps and channel on three nodes; a node that dies takes only its own with it."""
+    cluster = ValkeyCluster(tmp_path)
+    await cluster.start()
+    limit = {"CONNECTIONS_PER_USER_MAX": "1"}
+    redis = open_redis(cluster.url, timeout_s=1)
+    leaderboard = Leaderboard(redis)
+    assert not await leaderboard.apply([Score("ana", 1, 1)])
+    await leaderboard.rebuild([Score("ana", 1, 1)], {})
+    async with (
+        running_gateway(cluster.url, tmp_path / "log-0", **limit) as gateway,
+        running_gateway(cluster.url, tmp_path / "log-1", **limit) as other,
+    ):
+        for one in (gateway, other):
+            await one.ready()
+            await subscribed(one)
+        async with gateway.connect() as client:
+            assert await next_score(client) == 1
+            assert await leaderboard.apply([Score("ana", 2, 2)])
+            assert await next_score(client) == 2
+            assert await gateway.metric("boards_received_total", source="channel") == 1
+            async with other.connect() as too_many:
+                assert (await closed(too_many))[0] == 4429
+
+            needed = {cluster.owner(key) for key in (BOARD_KEY, GATEWAYS_KEY)}
+            await next(node for node in cluster.nodes if node not in needed).kill()
+            for score in range(3, 6):
+                assert await leaderboard.apply([Score("ana", score, score)])
+                assert await next_score(client, HEALED_WITHIN_S) == score
+            await subscribed(gateway)
+            assert (await gateway.operations("/readyz")).status == 200
+            assert await gateway.metric("caps_shared") == 1
+    await redis.aclose()
+    await cluster.kill()
 
 
 async def test_without_a_board_nobody_is_let_in(tmp_path: Path) -> None:

@@ -8,23 +8,25 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from picows import ws_create_server
 from websockets.asyncio.client import connect
 
 from services.gateway import clients
 from services.gateway.app import SEND_BUFFER_BYTES
-from services.gateway.handshake import Handshake
+from services.gateway.caps import AcceptRate, Caps
+from services.gateway.handshake import Door
 from shared.board import Score
+from shared.edge import Edge
 from shared.leaderboard import Leaderboard
 from shared.token import TokenSettings, TokenVerifier
 from tests.cluster import eventually
 from tests.gateway.harness import (
     SECRET,
+    UPGRADE,
     Gateway,
     RawClient,
     Scores,
+    ask,
     closed,
-    get,
     next_score,
     running_gateway,
     score_of,
@@ -186,24 +188,75 @@ async def test_the_connection_ends_within_a_second_of_the_token(gateway: Gateway
 
 
 @asynccontextmanager
-async def impatient(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[clients.Clients, int]]:
+async def impatient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[tuple[Door, int]]:
     """Clients served in this process with shorter patience, and the port they are served on."""
     monkeypatch.setattr(clients, "PING_EVERY_S", 0.5)
     monkeypatch.setattr(clients, "STALL_MAX_S", 0.5)
     monkeypatch.setattr(clients, "CLOSE_TIMEOUT_S", 0.5)
-    everyone = clients.Clients(limit=10, limit_per_user=10)
-    everyone.publish(b"{}")
+    caps = Caps(total=10, per_user=10, per_address=10)
+    everyone: clients.Clients[bytearray] = clients.Clients(caps, "websocket")
+    deflated: clients.Clients[bytearray] = clients.Clients(caps, "websocket-deflate")
+    streams: clients.Clients[bytes] = clients.Clients(caps, "sse")
+    everyone.publish(clients.frame(b"{}"))
     settings = TokenSettings.from_environ({"JWT_SECRET": SECRET})
     with socket.create_server(("127.0.0.1", 0)) as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        server = await ws_create_server(
-            Handshake(everyone, TokenVerifier(settings).verify), sock=door, enable_auto_pong=False
-        )
-        jobs = [asyncio.create_task(job) for job in (everyone.keep_time(), everyone.broadcast())]
-        yield everyone, door.getsockname()[1]
+        rate = AcceptRate(100, asyncio.get_running_loop().time())
+        verify = TokenVerifier(settings).verify
+        entrance = Door(everyone, deflated, streams, caps, rate, Edge(()), (), False, verify)
+        server = await entrance.open(door)
+        jobs = [
+            asyncio.create_task(job)
+            for kind in entrance.kinds
+            for job in (kind.keep_time(), kind.broadcast())
+        ]
+        yield entrance, door.getsockname()[1]
         for job in jobs:
             job.cancel()
         server.close()
+
+
+async def test_boards_are_compressed_once_for_all_who_offer_it(
+    gateway: Gateway, scores: Scores
+) -> None:
+    """With no context, so that each can be read without the ones before."""
+    url = f"ws://127.0.0.1:{gateway.port}/scores/live?token={token()}"
+    async with connect(url) as one, connect(url) as two, gateway.connect() as plain:
+        assert one.response is not None
+        assert "permessage-deflate" in one.response.headers["Sec-WebSocket-Extensions"]
+        for score in range(60, 63):
+            await scores.announce(score, user="u" * 200)
+            for client in (one, two, plain):
+                while await next_score(client) != score:
+                    pass
+        await one.send("hello")
+        assert await closed(one) == (1008, "receive-only")
+        await two.ping()
+    assert await gateway.metric("transport_connections", transport="websocket-deflate") == 0
+
+
+@pytest.mark.parametrize(
+    ("offer", "accepted"),
+    [
+        pytest.param("permessage-deflate", True, id="Firefox"),
+        pytest.param("permessage-deflate; client_max_window_bits", True, id="Chrome"),
+        pytest.param("x, permessage-deflate;server_no_context_takeover", True, id="second"),
+        pytest.param("permessage-deflate; server_max_window_bits=10", False, id="small window"),
+        pytest.param(
+            "permessage-deflate; server_max_window_bits=10, permessage-deflate", True, id="choice"
+        ),
+        pytest.param("x-webkit-deflate-frame", False, id="another"),
+    ],
+)
+async def test_compression_is_agreed_on(gateway: Gateway, offer: str, accepted: bool) -> None:
+    """Nothing is answered that the client did not offer."""
+    headers = UPGRADE | {"Sec-WebSocket-Extensions": offer}
+    answer = await gateway.get(f"/scores/live?token={token()}", headers)
+
+    assert answer.status == 101
+    assert ("sec-websocket-extensions" in answer.headers) is accepted
 
 
 async def test_a_client_that_answers_no_ping_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,15 +272,53 @@ async def test_a_client_that_answers_no_ping_is_closed(monkeypatch: pytest.Monke
         vanished.writer.close()
 
 
+async def test_half_a_frame_ends_with_the_next_pong_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever announces a frame and never ends it can answer no ping."""
+    async with impatient(monkeypatch) as (_, port):
+        for half in (b"\x81", b"\x81\xfe\x03", b"\x89\xfd\0\0\0\0half"):
+            client = await RawClient.connect(port)
+            client.writer.write(half)
+            assert await client.close_code() == 1013
+            client.writer.close()
+
+
+async def test_memory_returns(gateway: Gateway, scores: Scores) -> None:
+    """Whatever clients have sent, or not read, or half said."""
+    await scores.announce(700, user="u" * 255)
+    resident: list[int] = []
+    for _ in range(4):
+        bad = [await RawClient.connect(gateway.port, receive_bytes=4096) for _ in range(100)]
+        bad += [await RawClient.open(gateway.port) for _ in range(100)]
+        for number, client in enumerate(bad):
+            client.writer.write(
+                (b"\x81\xff" + b"x" * 20_000, b"\x89\x80\0\0\0\0" * 5000)[number % 2]
+            )
+        await asyncio.sleep(0.2)
+        for client in bad:
+            client.writer.transport.abort()
+
+        async def is_empty() -> bool:
+            return await gateway.metric("connections") == await gateway.metric("openings") == 0
+
+        await eventually(is_empty)
+        status = Path(f"/proc/{gateway.process.pid}/status").read_text()  # noqa: ASYNC240
+        resident.append(int(status.split("VmRSS:")[1].split()[0]))
+    # The first round is what the allocator keeps for the next ones.
+    assert resident[-1] - resident[0] < 1024
+
+
 async def test_a_client_that_never_reads_is_closed_as_stalled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is told 1013 in case it comes back, and cut off in case it does not."""
-    async with impatient(monkeypatch) as (everyone, port):
+    async with impatient(monkeypatch) as (door, port):
+        everyone = door.sockets
         deaf, late, gone = [await RawClient.connect(port, receive_bytes=4096) for _ in range(3)]
 
         async def all_stall() -> bool:
-            everyone.publish(b"x" * 10_000)
+            everyone.publish(clients.frame(b"x" * 10_000))
             return everyone.stalled == 3
 
         async def all_are_cut_off() -> bool:
@@ -254,7 +345,7 @@ async def test_limits_of_connections(valkey: Valkey, scores: Scores, tmp_path: P
             await next_score(two)
             async with gateway.connect(token("ben")), gateway.connect(token("cleo")):
                 for query in ("", f"?token={token('dora')}"):
-                    answer = await get(gateway.port, f"/scores/live{query}", {})
+                    answer = await ask(gateway.port, f"/scores/live{query}", {})
                     assert answer.status == 503
                     check_refusal(answer.status, answer.headers, answer.body)
             async with gateway.connect(token("dora")) as next_one:

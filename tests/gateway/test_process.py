@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.typing import Subprotocol
 
 from tests.cluster import eventually
 from tests.gateway.harness import (
     SECRET,
     UPGRADE,
     Gateway,
+    RawClient,
     Scores,
     closed,
     next_score,
@@ -144,6 +146,73 @@ async def test_an_idle_gateway_ends_at_once(valkey: Valkey, scores: Scores, tmp_
         gateway.signal()
 
         assert await gateway.exit_status() == 0
+
+
+async def test_a_drain_by_command(valkey: Valkey, scores: Scores, tmp_path: Path) -> None:
+    """As by a signal; asked twice it does not end any earlier."""
+    async with (
+        running_gateway(valkey.url, tmp_path / "log", DRAIN_SECONDS="1") as gateway,
+        AsyncExitStack() as stack,
+    ):
+        await gateway.ready()
+        clients = await connected(gateway, stack)
+
+        assert (await gateway.operations("/drain")).status == 405
+        for _ in range(2):
+            assert (await gateway.operations("/drain", "POST")).status == 202
+
+        assert [(await closed(client))[0] for client in clients] == [1012] * CLIENTS
+        assert await gateway.exit_status() == 0
+
+
+@pytest.mark.parametrize(
+    "connections",
+    [pytest.param(200, id="few"), pytest.param(10_000, id="many", marks=pytest.mark.chaos)],
+)
+async def test_no_token_is_ever_kept(
+    valkey: Valkey, scores: Scores, tmp_path: Path, connections: int
+) -> None:
+    """No living object has one, nor has a log, a metric or the body of an error."""
+    testimony = tmp_path / "testimony"
+    async with (
+        running_gateway(
+            valkey.url,
+            tmp_path / "log",
+            module=("tests.gateway.witness", str(testimony)),
+            HANDSHAKES_PER_SECOND_MAX="1000000",
+            CONNECTIONS_PER_ADDRESS_MAX="20000",
+        ) as gateway,
+        AsyncExitStack() as stack,
+    ):
+        await gateway.ready()
+        url = f"ws://127.0.0.1:{gateway.port}/scores/live"
+        clients = []
+        for number in range(connections):
+            clients.append(await RawClient.connect(gateway.port, bearer=token(f"user-{number}")))
+            stack.callback(clients[-1].writer.close)
+        for number in range(5):
+            bearer = token(f"another-{number}")
+            headers = {"Authorization": f"Bearer {bearer}"}
+            await stack.enter_async_context(connect(url, additional_headers=headers))
+            protocols = [Subprotocol("scoreboard.v1"), Subprotocol(f"bearer.{bearer}")]
+            await stack.enter_async_context(connect(url, subprotocols=protocols))
+            await stack.enter_async_context(gateway.stream(bearer))
+        expired = token(ttl_s=-1)
+        refused = [
+            await gateway.get(f"{path}?token={bearer}{more}", UPGRADE)
+            for bearer in (token("nobody"), expired)
+            for path, more in (("/scores/live", f"&token={bearer}"), ("/elsewhere", ""))
+        ]
+        await scores.announce(1)
+
+        gateway.signal(signal.SIGUSR1)
+        await eventually(testimony.exists, within_s=30)
+
+        assert testimony.read_bytes() == b"found:"
+        metrics = (await gateway.operations("/metrics")).body.decode()
+        assert f"gateway_connections {connections + 15}.0" in metrics
+        for said in (metrics, gateway.log, str(refused)):
+            assert "eyJ" not in said
 
 
 async def test_no_token_is_ever_written(valkey: Valkey, scores: Scores, tmp_path: Path) -> None:
