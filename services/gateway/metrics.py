@@ -22,10 +22,6 @@ CAPS_SHARED = Gauge(
     "1 while connections of a user and an address are counted over all gateways, else 0.",
 )
 
-CONNECTIONS_MAX = Gauge(
-    "scoreboard_gateway_connections_max", "How many connections the process takes at most."
-)
-
 HANDSHAKES = Counter(
     "scoreboard_gateway_handshakes_total",
     "Requests to connect, by how they were answered.",
