@@ -157,6 +157,8 @@ class Writes:
             return [NotWritten()] * len(operations)  # They waited behind the batch that failed.
         self._budgets[shard].save(len(operations))
         first = {(one.user_id, one.op_id): one for one in reversed(operations)}
+        if len(first) == len(operations):
+            return list(await self._try(shard, operations))
         sent = list(first.values())
         outcomes = dict(zip(sent, await self._try(shard, sent), strict=True))
         return [
