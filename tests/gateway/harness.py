@@ -178,6 +178,14 @@ class Gateway:
 
         await eventually(is_ready, within_s=START_S_MAX, what="the gateway is ready")
 
+    async def counts_with_others(self) -> None:
+        """Wait until it has its share of the caps in Redis."""
+
+        async def is_shared() -> bool:
+            return await self.metric("caps_shared") == 1
+
+        await eventually(is_shared, within_s=START_S_MAX, what="the caps are shared")
+
 
 @asynccontextmanager
 async def running_gateway(

@@ -23,7 +23,7 @@ WINDOW_S = 10.0
 PEAK_MAX = 1.3
 """Reconnects of the busiest second, in those of a second if they were evenly spread."""
 
-CLOSE, TEXT = 0x88, 0x81
+CLOSE, TEXT, PING = 0x88, 0x81, 0x89
 
 
 class Watcher:
@@ -84,7 +84,7 @@ class Connection(asyncio.Protocol):
         if self._unread.startswith(b"HTTP/1.1 101 "):
             _, end, rest = self._unread.partition(b"\r\n\r\n")
             self._unread = rest if end else self._unread
-        while len(self._unread) >= 2 and self._unread[0] in (CLOSE, TEXT):
+        while len(self._unread) >= 2 and self._unread[0] in (CLOSE, TEXT, PING):
             length, start = self._unread[1], 2
             if length == 126:
                 length, start = int.from_bytes(self._unread[2:4], "big"), 4
@@ -95,6 +95,8 @@ class Connection(asyncio.Protocol):
             if kind == TEXT:
                 self._watcher.boards += 1
                 self._watcher.newest = payload
+            elif kind == PING:
+                self._transport.write(b"\x8a\x80\0\0\0\0")
             else:
                 self._transport.write(b"\x88\x82\0\0\0\0" + payload[:2])
                 self._end(int.from_bytes(payload[:2], "big"))

@@ -225,6 +225,7 @@ async def test_a_redis_cluster(tmp_path: Path) -> None:
         for one in (gateway, other):
             await one.ready()
             await subscribed(one)
+            await one.counts_with_others()
         async with gateway.connect() as client:
             assert await next_score(client) == 1
             assert await leaderboard.apply([Score("ana", 2, 2)])

@@ -43,11 +43,7 @@ class Pair:
     async def shared(self) -> None:
         """Wait until both count with each other."""
         for gateway in (self.one, self.two):
-
-            async def is_shared(gateway: Gateway = gateway) -> bool:
-                return await gateway.metric("caps_shared") == 1
-
-            await eventually(is_shared, within_s=2 * RENEW_EVERY_S)
+            await gateway.counts_with_others()
 
 
 @pytest_asyncio.fixture
