@@ -31,6 +31,25 @@ def cpu_seconds(roots: Iterable[int]) -> float:
     return ticks / _TICKS_PER_S
 
 
+def thread_seconds(pids: Iterable[int]) -> float:
+    """CPU seconds of all threads of just these processes, to the nanosecond."""
+    return sum(
+        int(schedstat.read_text().split()[0]) / 1e9
+        for pid in pids
+        for schedstat in Path(f"/proc/{pid}/task").glob("*/schedstat")
+    )
+
+
+def resident_kib(pids: Iterable[int]) -> int:
+    """Resident memory of these processes; what they share counts for each."""
+    return sum(
+        int(line.split()[1])
+        for pid in pids
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmRSS:")
+    )
+
+
 def titles(root: int) -> list[str]:
     """The command lines of a process's children: PostgreSQL says there what each one does."""
     return [_title(pid) for pid, fields in _stats().items() if int(fields[_PARENT]) == root]
