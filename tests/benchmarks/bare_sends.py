@@ -42,7 +42,7 @@ def main(port: int) -> None:
                     data = os.read(lines, LINE_BYTES_MAX)
                     if not data:
                         return
-                    newest = frame(data.rstrip(b"\n"))
+                    newest = frame(data.splitlines()[-1])
                     write = os.write
                     for client in clients:
                         write(client, newest)

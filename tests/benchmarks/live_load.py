@@ -46,6 +46,10 @@ READ_BYTES = 65536
 EVENTS_MAX = 512
 """Taken from epoll at once."""
 
+PAUSE_S = 0.002
+"""Between two looks at all clients. A load that slept on epoll would be woken by nearly every
+frame, at the expense of whoever sends it; this is what an arrival may be noted too late."""
+
 ANSWER_SECONDS_MAX = 300.0
 """For a command to the processes; joining takes longest."""
 
@@ -171,6 +175,8 @@ class _Clients:
                     self._shown(file, number, now())
                 else:
                     self._receive(file, bytes(buffer[:size]))
+            if not self._waiting:
+                time.sleep(PAUSE_S)
             while self._waiting and len(self._opening) < self._at_once:
                 self._connect(*self._waiting.popleft())
             if self._joining and not self._waiting and not self._opening:
