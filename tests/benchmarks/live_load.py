@@ -92,6 +92,7 @@ class Seen:
         joined: Clients that have joined.
         closed: Connections the server has ended, by close code.
         holding: How many clients hold which board now; 0 for none yet.
+        opening: Handshakes that are not answered yet.
         cpu_s: CPU seconds of the load itself.
     """
 
@@ -103,6 +104,7 @@ class Seen:
     joined: int = 0
     closed: Counter[int] = field(default_factory=Counter)
     holding: Counter[int] = field(default_factory=Counter)
+    opening: int = 0
     cpu_s: float = 0.0
 
     def add(self, other: "Seen") -> None:
@@ -117,6 +119,7 @@ class Seen:
         self.joined += other.joined
         self.closed += other.closed
         self.holding += other.holding
+        self.opening += other.opening
         self.cpu_s += other.cpu_s
 
     @property
@@ -203,6 +206,7 @@ class _Clients:
         """Answer what was seen since the last report."""
         seen, self._seen = self._seen, Seen()
         seen.holding.update(self._held.values())
+        seen.opening = len(self._opening) + len(self._waiting)
         spent, self._cpu_s = self._cpu_s, time.process_time()
         seen.cpu_s = self._cpu_s - spent
         self._commands.send(seen)
