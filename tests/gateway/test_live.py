@@ -196,9 +196,9 @@ async def impatient(
     monkeypatch.setattr(clients, "STALL_MAX_S", 0.5)
     monkeypatch.setattr(clients, "CLOSE_TIMEOUT_S", 0.5)
     caps = Caps(total=10, per_user=10, per_address=10)
-    everyone: clients.Clients[bytearray] = clients.Clients(caps, "websocket")
-    deflated: clients.Clients[bytearray] = clients.Clients(caps, "websocket-deflate")
-    streams: clients.Clients[bytes] = clients.Clients(caps, "sse")
+    everyone: clients.Clients = clients.Clients(caps, "websocket")
+    deflated: clients.Clients = clients.Clients(caps, "websocket-deflate")
+    streams: clients.Clients = clients.Clients(caps, "sse")
     everyone.publish(clients.frame(b"{}"))
     settings = TokenSettings.from_environ({"JWT_SECRET": SECRET})
     with socket.create_server(("127.0.0.1", 0)) as door:
