@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from websockets.asyncio.client import connect
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State
+from websockets.uri import parse_uri
 
 from services.gateway import clients
 from services.gateway.app import SEND_BUFFER_BYTES
@@ -307,6 +311,19 @@ async def test_memory_returns(gateway: Gateway, scores: Scores) -> None:
         resident.append(int(status.split("VmRSS:")[1].split()[0]))
     # The first round is what the allocator keeps for the next ones.
     assert resident[-1] - resident[0] < 1024
+
+
+@pytest.mark.parametrize("length", [0, 125, 126, 65_535])
+def test_a_frame_is_what_another_implementation_reads(length: int) -> None:
+    """Whole, unmasked, of that length."""
+    client = ClientProtocol(parse_uri("ws://gateway"), state=State.OPEN)
+
+    client.receive_data(clients.frame(b"x" * length))
+
+    (read,) = client.events_received()
+    assert isinstance(read, Frame)
+    assert (read.opcode, read.fin, read.rsv1) == (Opcode.TEXT, True, False)
+    assert read.data == b"x" * length
 
 
 async def test_a_client_that_never_reads_is_closed_as_stalled(
