@@ -50,10 +50,10 @@ DRAIN_PER_S_MIN = 100
 
 DRAIN_STEP_S = 0.1
 
-REST = 1.0
-"""After a pass, for each second it took. Whoever is behind us has the same boards to carry, often
-on the same processors: passes without a pause filled Nginx's buffers with boards that grew old
-there. With it a board that waits is shown at most two passes late."""
+REST_S_MAX = 0.1
+"""After a pass the gateway rests for as long as it took, up to this. Whoever is behind us has the
+same boards to carry, often on the same processors: passes without a pause filled Nginx's buffers
+with boards that grew old there."""
 
 TEXT, COMPRESSED = 0x81, 0x40
 """First byte of a frame that is a whole text message, and the bit of compression in it."""
@@ -367,7 +367,7 @@ class Clients:
                 await asyncio.sleep(0)
             seconds = self.now() - begun
             self._pass_seconds.observe(seconds)
-            await asyncio.sleep(REST * seconds)
+            await asyncio.sleep(min(seconds, REST_S_MAX))
 
     async def keep_time(self) -> None:
         """Turn the wheel."""

@@ -202,7 +202,13 @@ class Nchan:
 
     def __init__(self, pid: int, port: int) -> None:
         self.port = port
-        self.pids = [pid, *_children(pid)]
+        self._pid = pid
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """The master's and the worker's."""
+        children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
+        return [self._pid, *map(int, children)]
 
     async def publish(self, number: int) -> None:
         """By a POST."""
@@ -240,10 +246,6 @@ async def nchan(root: Path, folder: Path, first: int) -> AsyncIterator[Nchan]:
         broadcaster = Nchan(process.pid, port)
         await broadcaster.publish(first)
         yield broadcaster
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @asynccontextmanager
