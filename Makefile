@@ -5,7 +5,8 @@ BIN := .venv/bin
 PORT := 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos test-deploy lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size lock clean
+.PHONY: help up down test test-chaos test-deploy lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size \
+    bench-gateway bench-live bench-crowd lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,15 @@ bench-upkeep: .venv/ready ## Measure what writers notice of old operations being
 
 bench-size: .venv/ready ## Measure what users and updates take on disk and in memory
 	@$(BIN)/python -m tests.benchmarks.size
+
+bench-gateway: .venv/ready ## Measure a broadcast beside a bare loop, Node.js (YARDSTICK=folder) and nchan; 3 minutes
+	@YARDSTICK="$(YARDSTICK)" NCHAN="$(NCHAN)" $(BIN)/python -m tests.benchmarks.gateway
+
+bench-live: .venv/ready ## Measure POST to the last of 5,000 clients, and the age of boards in a rush; 2 minutes
+	@$(BIN)/python -m tests.benchmarks.live
+
+bench-crowd: .venv/ready ## Measure 100,000 clients on this machine, who come and go (8 minutes, 5 GB)
+	@$(BIN)/python -m tests.benchmarks.crowd
 
 lock: .venv/ready ## Resolve the dependencies anew into deploy/requirements*.txt
 	$(BIN)/uv pip compile -q -U pyproject.toml --universal --python-version 3.11 --generate-hashes \
