@@ -5,7 +5,8 @@ BIN := .venv/bin
 PORT := 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos test-deploy lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size lock clean
+.PHONY: help up down test test-chaos test-deploy test-compose test-compose-chaos compose-up compose-down \
+    compose-logs lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,7 +22,29 @@ test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (n
 	@$(BIN)/pytest
 
 test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk; and 200,000 updates (9 minutes)
-	@$(BIN)/pytest -m chaos -s
+	@$(BIN)/pytest -m "chaos and not compose" -s
+
+test-compose: .venv/ready ## Build the containers and run the contract's tests against them
+	@$(BIN)/python -m tests.compose.build
+	@$(BIN)/pytest --cluster=compose -m "not chaos and not loopback" $(CONTRACT) tests/compose
+
+test-compose-chaos: .venv/ready ## Scale, roll out and break the containers under load
+	@$(BIN)/python -m tests.compose.build
+	@$(BIN)/pytest --cluster=compose -m "chaos and compose" -s tests/compose
+
+CONTRACT := tests/test_contract_update.py tests/test_contract_top.py tests/test_contract_live.py tests/test_edge.py
+
+compose-up: ## Start the containers, with the board at http://127.0.0.1:8080; or SCOREBOARD_PORT=8081
+	@deploy/make-secrets
+	@$(COMPOSE) up --detach --build --wait --wait-timeout 180 || { deploy/why; exit 1; }
+
+compose-down: ## Stop the containers; the data stays in their volumes
+	@$(COMPOSE) down
+
+compose-logs: ## Show and follow the containers' logs
+	@$(COMPOSE) logs --follow --tail 100
+
+COMPOSE := docker compose -f docker-compose.scale.yml
 
 test-deploy: .venv/deploy ## Run alerts, dashboards and manifests: promtool, a real Prometheus, kubectl (4 minutes)
 	@$(BIN)/pytest -m deploy -s

@@ -37,6 +37,18 @@ class SchemaError(Exception):
     """A shard is not as this version needs it; the text is one line for a person."""
 
 
+def unusable(name: str, error: BaseException) -> SchemaError:
+    """
+    A shard that refuses us, or is not where its URL says, in the words of whatever came first.
+
+    Args:
+        name: What the error calls the shard.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return SchemaError(f"{name} cannot be used: {' '.join(str(error).split()) or repr(error)}.")
+
+
 def check_placement(claims: Sequence[set[int]]) -> None:
     """
     Check that no partition is attached on two shards.
