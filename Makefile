@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Where the board is: make up PORT=8081
 PORT := 8080
+COMPOSE := docker compose -f docker-compose.scale.yml
+# The tests of what users were promised, whatever runs the scoreboard.
+CONTRACT := $(addprefix tests/test_,contract_update.py contract_top.py contract_live.py edge.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help up down test test-chaos test-deploy test-compose test-compose-chaos compose-up compose-down \
     compose-logs lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size lock clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 up: .venv/ready ## Start the whole cluster in the background, with the board at http://127.0.0.1:8080; or PORT=8081
 	@$(BIN)/scoreboard up --detach --port $(PORT)
@@ -32,8 +35,6 @@ test-compose-chaos: .venv/ready ## Scale, roll out and break the containers unde
 	@$(BIN)/python -m tests.compose.build
 	@$(BIN)/pytest --cluster=compose -m "chaos and compose" -s tests/compose
 
-CONTRACT := tests/test_contract_update.py tests/test_contract_top.py tests/test_contract_live.py tests/test_edge.py
-
 compose-up: ## Start the containers, with the board at http://127.0.0.1:8080; or SCOREBOARD_PORT=8081
 	@deploy/make-secrets
 	@$(COMPOSE) up --detach --build --wait --wait-timeout 180 || { deploy/why; exit 1; }
@@ -43,8 +44,6 @@ compose-down: ## Stop the containers; the data stays in their volumes
 
 compose-logs: ## Show and follow the containers' logs
 	@$(COMPOSE) logs --follow --tail 100
-
-COMPOSE := docker compose -f docker-compose.scale.yml
 
 test-deploy: .venv/deploy ## Run alerts, dashboards and manifests: promtool, a real Prometheus, kubectl (4 minutes)
 	@$(BIN)/pytest -m deploy -s

@@ -281,7 +281,7 @@ async def test_another_schema_is_refused(cluster: Cluster) -> None:
     ("old", "new", "said"),
     [
         (r":[^:@]+@", ":wrong@", "password authentication failed"),
-        (r"@.*?/", "@127.0.0.1:1/", "Connect call failed"),
+        (r"@.*?/", "@127.0.0.1:1/", "[Cc]onnect"),
         (r"/[^/]*$", "/absent", 'database "absent" does not exist'),
     ],
     ids=["password", "port", "database"],
@@ -291,7 +291,9 @@ async def test_a_wrong_url_is_refused_by_its_place(
 ) -> None:
     """In one sentence, without the password."""
     url = re.sub(old, new, cluster.shard_urls[1])
-    with pytest.raises(schema.SchemaError, match=f"^Shard 1 of SHARD_URLS cannot .*{said}") as why:
+    with pytest.raises(
+        schema.SchemaError, match=f"^Shard 1 of SHARD_URLS .* cannot .*{said}"
+    ) as why:
         await migration.migrate([cluster.shard_urls[0], url])
     assert "\n" not in str(why.value)
     assert "wrong" not in str(why.value)

@@ -65,7 +65,8 @@ async def migrate(shard_urls: Sequence[str]) -> None:
             try:
                 shards.append(await stack.enter_async_context(engine.connect()))
             except (OSError, SQLAlchemyError) as error:
-                raise unusable(f"Shard {number} of SHARD_URLS", error) from error
+                name = f"Shard {number} of SHARD_URLS ({engine.url.host})"
+                raise unusable(name, error) from error
         # Of the session: it ends with the connection, whatever happens. The first shard's stands
         # for all of them, so that two runs cannot wait for each other.
         await shards[0].execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})

@@ -44,9 +44,13 @@ def unusable(name: str, error: BaseException) -> SchemaError:
     Args:
         name: What the error calls the shard.
     """
-    while error.__cause__ is not None:
+    # What is behind a timeout is only how it was brought about.
+    while error.__cause__ is not None and not isinstance(error, TimeoutError):
         error = error.__cause__
-    return SchemaError(f"{name} cannot be used: {' '.join(str(error).split()) or repr(error)}.")
+    words = " ".join(str(error).split()).removesuffix(".")
+    if isinstance(error, TimeoutError):
+        words = "it does not answer"
+    return SchemaError(f"{name} cannot be used: {words or repr(error)}.")
 
 
 def check_placement(claims: Sequence[set[int]]) -> None:

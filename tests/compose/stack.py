@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
+import socket
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from tests.cluster import Json, Scoreboard, free_port
+from tests.cluster import Json, Scoreboard
 from tests.compose.build import COMPOSE_FILE, ENVIRON, OFFICIAL, ROOT
 
 UP_SECONDS_MAX = 180
@@ -15,6 +18,22 @@ DOWN_SECONDS_MAX = 120
 
 PORTS = {"api": 8000, "gateway": 8000}
 OPERATIONS_PORTS = {"api": 8000, "gateway": 8001}
+
+
+CALM_PORTS = range(20_000, 30_000)
+"""No system takes its clients' ports from here: one of those would keep the engine from listening."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nothing listens on at the moment."""
+    found: list[int] = []
+    for port in random.sample(CALM_PORTS, len(CALM_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 class Stack(Scoreboard):
@@ -28,8 +47,7 @@ class Stack(Scoreboard):
         """
         found: dict[str, str] = json.loads(ENVIRON.read_text())
         self.folder = folder
-        self.port = free_port()
-        self.prometheus_port = free_port()
+        self.port, self.prometheus_port, grafana_port = free_ports(3)
         self.project = f"scoreboard-test-{self.port}"
         self.settings = folder / "settings.env"
         self.environ = {
@@ -43,7 +61,7 @@ class Stack(Scoreboard):
             "SCOREBOARD_SETTINGS": str(self.settings),
             "SCOREBOARD_TLS": str(folder / "tls"),
             "PROMETHEUS_PORT": str(self.prometheus_port),
-            "GRAFANA_PORT": str(free_port()),
+            "GRAFANA_PORT": str(grafana_port),
             **environ,
         }
         (folder / "tls").mkdir(parents=True)

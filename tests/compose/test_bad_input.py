@@ -61,9 +61,9 @@ def test_a_missing_secret_is_named(other: Stack) -> None:
         ("jwt_secret", "short", "JWT_SECRET must be a secret of at least 32 bytes (HS256)."),
         ("redis_url", "", "REDIS_URL must be a URL such as redis://"),
         ("shard_urls", "postgresql://scoreboard:x@shard-0/scoreboard",
-         'Shard 0 of SHARD_URLS cannot be used: password authentication failed for user "scoreboard"'),
+         'Shard 0 of SHARD_URLS (shard-0) cannot be used: password authentication failed for user "scoreboard"'),
         ("shard_urls", "postgresql://scoreboard:x@shard-7/scoreboard",
-         "Shard 0 of SHARD_URLS cannot be used: [Errno -"),
+         "Shard 0 of SHARD_URLS (shard-7) cannot be used: "),
     ],
     ids=["short-secret", "empty", "password", "host"],
 )  # fmt: skip
