@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +38,12 @@ def free_ports(count: int) -> list[int]:
 
 
 class Stack(Scoreboard):
-    """One project of Compose, with secrets, ports, volumes and networks of its own."""
+    """
+    One project of Compose, with secrets, ports, volumes and networks of its own.
+
+    Attributes:
+        up_s: Seconds that the last `up` took.
+    """
 
     def __init__(self, folder: Path, **environ: str) -> None:
         """
@@ -47,6 +53,7 @@ class Stack(Scoreboard):
         """
         found: dict[str, str] = json.loads(ENVIRON.read_text())
         self.folder = folder
+        self.up_s = 0.0
         self.port, self.prometheus_port, grafana_port = free_ports(3)
         self.project = f"scoreboard-test-{self.port}"
         self.settings = folder / "settings.env"
@@ -101,7 +108,9 @@ class Stack(Scoreboard):
         """Start it, or change the number of replicas, and wait until all are healthy."""
         scales = {**dict.fromkeys(self._without, 0), **counts}
         options = [f"--scale={service}={count}" for service, count in scales.items()]
+        began = time.monotonic()
         done = self.compose("up", "--detach", "--wait", *options, check=False)
+        self.up_s = time.monotonic() - began
         if check and done.returncode != 0:
             last = {name: log.splitlines()[-5:] for name, log in self.logs().items()}
             raise AssertionError(f"{done.stderr}\n{last}")

@@ -174,7 +174,7 @@ def images(stack: Stack, service: str) -> set[str]:
 
 async def test_scaling_up_and_down(busy: Stack) -> None:
     """To four of each and back: nobody's update fails, and the new ones serve at once."""
-    async with under_load(busy, "scaling", 60) as watchers:
+    async with under_load(busy, "scaling", 45) as watchers:
         before = {one["Id"] for one in busy.containers("api")}
         asked = time.monotonic()
         await in_a_thread(busy.up, api=4, gateway=4)
@@ -197,7 +197,7 @@ async def test_rolling_out(busy: Stack) -> None:
     """A new image for both services; then one that does not work, which harms nobody."""
     image = another_image(busy, "scoreboard:test-next", "LABEL version=next")
     broken = another_image(busy, "scoreboard:test-broken", "ENV UPDATE_RATE_LIMIT=lots")
-    async with under_load(busy, "rollout", 90) as watchers:
+    async with under_load(busy, "rollout", 60) as watchers:
         for service in ("api", "gateway"):
             done = await asyncio.to_thread(roll_out, busy, service, image)
             assert done.returncode == 0, done.stdout + done.stderr
@@ -213,7 +213,7 @@ async def test_rolling_out(busy: Stack) -> None:
 async def test_losing_a_replica(busy: Stack) -> None:
     """SIGKILL of an API replica costs no request; that of a gateway, its own connections only."""
     await in_a_thread(busy.up, api=2, gateway=2)
-    async with under_load(busy, "killed", 30) as watchers:
+    async with under_load(busy, "killed", 20) as watchers:
         busy.docker("kill", "--signal", "KILL", busy.containers("api")[0]["Id"])
         await asyncio.sleep(5)
         assert not watchers.closed
