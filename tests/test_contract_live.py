@@ -10,7 +10,7 @@ import pytest
 import websockets
 
 from services.api.shards import Shards
-from tests.cluster import Client, Scoreboard, Json, receive_board, receive_until
+from tests.cluster import Client, Json, Scoreboard, receive_board, receive_until
 from tests.openapi import check_close, check_live_message, check_refusal
 from tests.test_contract_top import leading_score
 
