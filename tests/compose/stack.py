@@ -21,6 +21,12 @@ PORTS = {"api": 8000, "gateway": 8000}
 OPERATIONS_PORTS = {"api": 8000, "gateway": 8001}
 
 
+LOGGED = (
+    "@timestamp", "message", "event.duration", "nginx.upstream.address", "nginx.upstream.status",
+    "nginx.upstream.response_time",
+)  # fmt: skip
+"""Of a failed request."""
+
 CALM_PORTS = range(20_000, 30_000)
 """No system takes its clients' ports from here: one of those would keep the engine from listening."""
 
@@ -159,6 +165,14 @@ class Stack(Scoreboard):
             one["Name"].removeprefix(f"/{self.project}-").rpartition("-")[0]: self.log(one["Id"])
             for one in self.containers()
         }
+
+    def failures(self) -> list[str]:
+        """What Nginx has logged of the last requests that it answered 500 or more."""
+        lines = [line for line in self.logs()["nginx"].splitlines() if line.startswith("{")]
+        failed = [one for one in map(json.loads, lines) if one["http.response.status_code"] >= 500]
+        return [
+            " ".join(f"{name.rpartition('.')[2]}={one[name]}" for name in LOGGED) for one in failed
+        ][-5:]
 
     def log(self, container: str) -> str:
         """All that one container has written."""

@@ -38,6 +38,8 @@ async def loaded(stack: Stack, name: str) -> AsyncIterator[Load]:
     )
     print(f"{name}: {dict(load.answers)}, {len(load.broken)} broken; "
           f"board true {healed:.1f} s after; slowest {max(load.slowest_s.values()):.1f} s")  # fmt: skip
+    if load.failures:
+        print(*stack.failures(), sep="\n")
 
 
 def is_well(stack: Stack, before: Json) -> bool:

@@ -101,6 +101,8 @@ async def under_load(stack: Stack, prefix: str, seconds: float) -> AsyncIterator
             print(f"{prefix}: {took:.0f} s; answers {dict(answers)}; "
                   f"closed {dict(watchers.closed)}; refused {dict(watchers.refused)}; "
                   f"{watchers.messages} boards")  # fmt: skip
+    if set(answers) != {200}:
+        print(*stack.failures(), sep="\n")
     assert dict(answers) == {200: int(UPDATES_PER_S * seconds)}
     await assert_counted_once(stack, prefix, sum(answers.values()))
 
