@@ -77,5 +77,6 @@ class Watchers:
                 pass
             finally:
                 self.connected -= 1
+                socket.transport.abort()
             self.closed[socket.close_code or 1006] += 1
             await asyncio.sleep(random.uniform(0, JITTER_S))
