@@ -176,7 +176,7 @@ def images(stack: Stack, service: str) -> set[str]:
 
 async def test_scaling_up_and_down(busy: Stack) -> None:
     """To four of each and back: nobody's update fails, and the new ones serve at once."""
-    async with under_load(busy, "scaling", 45) as watchers:
+    async with under_load(busy, "scaling", 60) as watchers:
         before = {one["Id"] for one in busy.containers("api")}
         asked = time.monotonic()
         await in_a_thread(busy.up, api=4, gateway=4)
