@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Where the board is: make up PORT=8081
 PORT := 8080
+COMPOSE := docker compose -f docker-compose.scale.yml
+# The tests of what users were promised, whatever runs the scoreboard.
+CONTRACT := $(addprefix tests/test_,contract_update.py contract_top.py contract_live.py edge.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos test-deploy lint bench bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size \
-    bench-gateway bench-live bench-crowd lock clean
+.PHONY: help up down test test-chaos test-deploy test-compose test-compose-chaos compose-up compose-down compose-logs lint bench \
+    bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size bench-gateway bench-live bench-crowd lock clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 up: .venv/ready ## Start the whole cluster in the background, with the board at http://127.0.0.1:8080; or PORT=8081
 	@$(BIN)/scoreboard up --detach --port $(PORT)
@@ -22,7 +25,25 @@ test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (n
 	@$(BIN)/pytest
 
 test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk; and 200,000 updates (9 minutes)
-	@$(BIN)/pytest -m chaos -s
+	@$(BIN)/pytest -m "chaos and not compose" -s
+
+test-compose: .venv/ready ## Build the containers and run the contract's tests against them
+	@$(BIN)/python -m tests.compose.build
+	@$(BIN)/pytest --cluster=compose -m "not chaos and not loopback" $(CONTRACT) tests/compose
+
+test-compose-chaos: .venv/ready ## Scale, roll out and break the containers under load
+	@$(BIN)/python -m tests.compose.build
+	@$(BIN)/pytest --cluster=compose -m "chaos and compose" -s tests/compose
+
+compose-up: ## Start the containers, with the board at http://127.0.0.1:8080; or SCOREBOARD_PORT=8081
+	@deploy/make-secrets
+	@$(COMPOSE) up --detach --build --wait --wait-timeout 180 || { deploy/why; exit 1; }
+
+compose-down: ## Stop the containers; the data stays in their volumes
+	@$(COMPOSE) down
+
+compose-logs: ## Show and follow the containers' logs
+	@$(COMPOSE) logs --follow --tail 100
 
 test-deploy: .venv/deploy ## Run alerts, dashboards and manifests: promtool, a real Prometheus, kubectl (4 minutes)
 	@$(BIN)/pytest -m deploy -s
