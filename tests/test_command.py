@@ -357,7 +357,7 @@ def test_migrate_refuses_what_is_no_shard() -> None:
     assert refusal("migrate", SHARD_URLS="x").startswith("SHARD_URLS must be comma-separated URLs")
     url = f"postgresql://user:hidden@127.0.0.1:{free_port()}/none"
     said = refusal("migrate", SHARD_URLS=url)
-    assert said.startswith("A shard cannot be migrated: ")
+    assert said.startswith("Shard 0 of SHARD_URLS (127.0.0.1) cannot be used: ")
     assert "hidden" not in said
 
 
@@ -373,6 +373,7 @@ def test_audit_refuses_what_is_no_shard(tmp_path: Path) -> None:
 
 LOCAL = {
     "LISTEN": "127.0.0.1:8080",
+    "TLS": "",
     "RESOLVER": "",
     "API_SERVERS": "server 127.0.0.1:8000 max_fails=1 fail_timeout=1s max_conns=256; "
     "server 127.0.0.1:8000 backup max_fails=0 max_conns=128;",
@@ -381,6 +382,7 @@ LOCAL = {
 }
 COMPOSE = {
     "LISTEN": "8080",
+    "TLS": "",
     "RESOLVER": "resolver 127.0.0.11 valid=1s ipv6=off;",
     "API_SERVERS": "server api:8000 resolve max_fails=1 fail_timeout=1s max_conns=256; "
     "server api:8000 resolve backup max_fails=0 max_conns=128;",
