@@ -43,8 +43,8 @@ class _OneWrite:
         self._held.append(data)
 
     def _flush(self) -> None:
-        if self._held:
-            held, self._held = self._held, []
+        held, self._held = self._held, []
+        if held and not self._transport.is_closing():  # Its client may have gone meanwhile.
             self._transport.write(b"".join(held))
 
     def close(self) -> None:

@@ -17,6 +17,10 @@ from limits import RateLimitItem, parse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+COMMAND_PREFIX = "SCOREBOARD_"
+"""Of what `scoreboard up` and the compose file read. No replica reads a variable of that name, so
+one that is given to it is a setting somebody got wrong."""
+
 
 class SettingsError(Exception):
     """A variable is missing or has a value it may not have; the text is one line for a person."""
@@ -36,8 +40,10 @@ class Settings(BaseModel):
         """Read every field from ``environ``.
 
         Raises:
-            SettingsError: On the first variable that is missing, unreadable or wrong.
+            SettingsError: On the first variable that is unknown, missing, unreadable or wrong.
         """
+        if unknown := sorted(name for name in environ if name.startswith(COMMAND_PREFIX)):
+            raise SettingsError(f"{unknown[0]} is not a setting of this version.")
         values = {
             field: value
             for field in cls.model_fields

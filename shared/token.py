@@ -30,8 +30,8 @@ BELIEVED_S = 60.0
 """A token that was verified is believed until it expires, 1 µs instead of 50; where the keys are
 fetched only so long, because a key may be withdrawn."""
 
-BELIEVED_MAX = 100_000
-"""Tokens believed at a time, about 30 MB; the oldest is forgotten for the one beyond."""
+BELIEVED_MAX = 50_000
+"""Tokens believed at a time, 20 to 30 MB; the oldest is forgotten for the one beyond."""
 
 DIGEST_BYTES = 16
 """So that nobody finds a second token with the digest of another."""

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,69 @@ class Answer:
         return json.loads(self.body)
 
 
-class Cluster:
+class Scoreboard(ABC):
+    """A scoreboard as its clients see it, whatever runs it.
+
+    Attributes:
+        port: Of Nginx, on 127.0.0.1.
+    """
+
+    port: int
+
+    @abstractmethod
+    def secret(self, name: str) -> str:
+        """What its services were given: ``jwt_secret``, ``shard_urls``, ``redis_url``."""
+
+    @abstractmethod
+    def replicas(self, service: str) -> Sequence[tuple[str, int]]:
+        """Host and port on which each API replica or each gateway takes its clients."""
+
+    @abstractmethod
+    def logs(self) -> Mapping[str, str]:
+        """What each process has written, by name; Nginx's is ``nginx``."""
+
+    @property
+    def shard_urls(self) -> list[str]:
+        """The shards, as the API has them."""
+        return self.secret("shard_urls").split(",")
+
+    def token(self, user: str, ttl_s: float = 3600) -> str:
+        """A token of that user."""
+        return mint(self.secret("jwt_secret"), user, ttl_s)
+
+    @property
+    def url(self) -> str:
+        """Through Nginx."""
+        return f"http://127.0.0.1:{self.port}"
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """A metric of all API replicas: see :func:`metric`."""
+        urls = [f"http://{host}:{port}" for host, port in self.replicas("api")]
+        return sum([await metric(url, name, **labels) for url in urls])
+
+    @asynccontextmanager
+    async def client(
+        self, address: str = "127.0.0.1", url: str | None = None
+    ) -> AsyncIterator["Client"]:
+        """A client that calls from this loopback address, through Nginx unless a URL is given."""
+        transport = httpx.AsyncHTTPTransport(local_address=address)
+        async with httpx.AsyncClient(
+            transport=transport, base_url=url or self.url, timeout=ANSWER_SECONDS_MAX
+        ) as http:
+            yield Client(self, http)
+
+    @asynccontextmanager
+    async def live(
+        self, user: str = "watcher", port: int | None = None, host: str = "127.0.0.1"
+    ) -> AsyncIterator[websockets.ClientConnection]:
+        """A WebSocket through Nginx, or straight to the gateway there."""
+        headers = {"Authorization": f"Bearer {self.token(user)}"}
+        url = f"ws://{host}:{port or self.port}/scores/live"
+        async with websockets.connect(url, additional_headers=headers, proxy=None) as socket:
+            yield socket
+
+
+class Cluster(Scoreboard):
     """One home and its cluster, up or down."""
 
     def __init__(self, home: Path, environ: Mapping[str, str] | None = None) -> None:
@@ -111,55 +174,19 @@ class Cluster:
         """A secret of the home."""
         return (self.home / "secrets" / name).read_text()
 
-    @property
-    def shard_urls(self) -> list[str]:
-        """The shards, as the API has them."""
-        return self.secret("shard_urls").split(",")
+    def replicas(self, service: str) -> list[tuple[str, int]]:
+        """Where each takes its clients."""
+        return [("127.0.0.1", self.process(name)["port"]) for name in self.names(f"{service}-")]
 
-    def token(self, user: str, ttl_s: float = 3600) -> str:
-        """A token of that user."""
-        return mint(self.secret("jwt_secret"), user, ttl_s)
-
-    @property
-    def url(self) -> str:
-        """Through Nginx."""
-        return f"http://127.0.0.1:{self.port}"
-
-    async def metric(self, name: str, **labels: str) -> float:
-        """A metric of all API replicas: see :func:`metric`."""
-        ports = [
-            process["port"]
-            for process in self.status()["processes"]
-            if process["name"].startswith("api-")
-        ]
-        return sum([await metric(f"http://127.0.0.1:{port}", name, **labels) for port in ports])
-
-    @asynccontextmanager
-    async def client(
-        self, address: str = "127.0.0.1", url: str | None = None
-    ) -> AsyncIterator["Client"]:
-        """A client that calls from this loopback address, through Nginx unless a URL is given."""
-        transport = httpx.AsyncHTTPTransport(local_address=address)
-        async with httpx.AsyncClient(
-            transport=transport, base_url=url or self.url, timeout=ANSWER_SECONDS_MAX
-        ) as http:
-            yield Client(self, http)
-
-    @asynccontextmanager
-    async def live(
-        self, user: str = "watcher", port: int | None = None
-    ) -> AsyncIterator[websockets.ClientConnection]:
-        """A WebSocket through Nginx, or straight to the gateway on ``port``."""
-        headers = {"Authorization": f"Bearer {self.token(user)}"}
-        url = f"ws://127.0.0.1:{port or self.port}/scores/live"
-        async with websockets.connect(url, additional_headers=headers, proxy=None) as socket:
-            yield socket
+    def logs(self) -> dict[str, str]:
+        """Each of the home's, by the process's name."""
+        return {path.stem: path.read_text() for path in (self.home / "log").glob("*.log")}
 
 
 class Client:
     """HTTP by one client."""
 
-    def __init__(self, cluster: Cluster, http: httpx.AsyncClient) -> None:
+    def __init__(self, cluster: Scoreboard, http: httpx.AsyncClient) -> None:
         self._cluster = cluster
         self.http = http
 

@@ -9,19 +9,47 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from tests.cluster import Client, Cluster
+from tests.cluster import Client, Cluster, Scoreboard
+from tests.compose.stack import Stack
 from tests.valkey import Valkey
 
 _users = count()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the contract is tested on."""
+    parser.addoption(
+        "--cluster",
+        choices=["local", "compose"],
+        default="local",
+        help="one of `scoreboard up`, or the containers of docker-compose.scale.yml",
+    )
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scoreboard]:
     """Two API replicas, two gateways, two shards, on a free port; the tests share it."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster") / "home")
+    folder = tmp_path_factory.mktemp("cluster") / "home"
+    if request.config.getoption("--cluster") == "compose":
+        yield request.getfixturevalue("stack")
+        return
+    cluster = Cluster(folder)
     cluster.up()
     yield cluster
     cluster.down()
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The same in containers."""
+    stack = Stack(tmp_path_factory.mktemp("stack") / "home")
+    try:
+        stack.up(api=2, gateway=2)
+        yield stack
+    finally:
+        stack.down()
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +70,7 @@ async def redis(lone_valkey: Valkey) -> AsyncIterator[Redis]:
 
 
 @pytest.fixture
-async def client(cluster: Cluster) -> AsyncIterator[Client]:
+async def client(cluster: Scoreboard) -> AsyncIterator[Client]:
     """An HTTP client of the cluster."""
     async with cluster.client() as client:
         yield client

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import asyncpg
 import httpx2 as httpx
 
-from tests.cluster import Client, Cluster
+from tests.cluster import Client, Scoreboard
 
 TRY_AGAIN_S = 0.1
 """What a client waits after an error before it sends the same again."""
@@ -33,7 +33,7 @@ class Load:
         slowest_s: The longest that an answer took, by user.
     """
 
-    def __init__(self, cluster: Cluster, urls: Sequence[str] = ()) -> None:
+    def __init__(self, cluster: Scoreboard, urls: Sequence[str] = ()) -> None:
         """
         Args:
             urls: Replicas to send to, each user to the next one with every try; else Nginx.

@@ -10,7 +10,7 @@ import pytest
 import websockets
 
 from services.api.shards import Shards
-from tests.cluster import Client, Cluster, Json, receive_board, receive_until
+from tests.cluster import Client, Json, Scoreboard, receive_board, receive_until
 from tests.openapi import check_close, check_live_message, check_refusal
 from tests.test_contract_top import leading_score
 
@@ -31,7 +31,7 @@ async def refusal_of(url: str, **options: object) -> websockets.Response:
 
 
 async def test_the_board_comes_at_once_and_then_whenever_it_changes(
-    cluster: Cluster, client: Client, user: str
+    cluster: Scoreboard, client: Client, user: str
 ) -> None:
     """The first is what GET says."""
     async with cluster.live() as socket:
@@ -43,7 +43,7 @@ async def test_the_board_comes_at_once_and_then_whenever_it_changes(
     assert board == await client.top()
 
 
-async def test_a_token_may_come_in_three_ways(cluster: Cluster) -> None:
+async def test_a_token_may_come_in_three_ways(cluster: Scoreboard) -> None:
     """In the query, the header, or a subprotocol that is not echoed."""
     url, token = f"ws://127.0.0.1:{cluster.port}/scores/live", cluster.token("watcher")
     async with websockets.connect(f"{url}?token={token}", proxy=None) as socket:
@@ -56,7 +56,9 @@ async def test_a_token_may_come_in_three_ways(cluster: Cluster) -> None:
         await receive_board(socket)
 
 
-async def test_the_board_comes_as_events_too(cluster: Cluster, client: Client, user: str) -> None:
+async def test_the_board_comes_as_events_too(
+    cluster: Scoreboard, client: Client, user: str
+) -> None:
     """Through Nginx, as soon as it changes."""
     bearer = {"Authorization": f"Bearer {cluster.token('watcher')}"}
     async with client.http.stream("GET", "/scores/live/sse", headers=bearer) as response:
@@ -86,7 +88,7 @@ async def next_event(lines: AsyncIterator[str]) -> list[Json]:
     raise EOFError
 
 
-async def test_without_one_valid_token_there_is_no_handshake(cluster: Cluster) -> None:
+async def test_without_one_valid_token_there_is_no_handshake(cluster: Scoreboard) -> None:
     """None, two, or one that is not believed: 401."""
     url, token = f"ws://127.0.0.1:{cluster.port}/scores/live", cluster.token("watcher")
     bearer = {"Authorization": f"Bearer {token}"}
@@ -102,7 +104,7 @@ async def test_without_one_valid_token_there_is_no_handshake(cluster: Cluster) -
         assert response.body == b'{"status":"error","message":"Unauthorized"}'
 
 
-async def test_a_request_that_is_no_handshake(cluster: Cluster, client: Client) -> None:
+async def test_a_request_that_is_no_handshake(cluster: Scoreboard, client: Client) -> None:
     """Is refused in the contract's shape as well."""
     bearer = {"Authorization": f"Bearer {cluster.token('watcher')}"}
     posted = await client.request("POST", "/scores/live", headers=bearer, content=b"{}")
@@ -116,7 +118,7 @@ async def test_a_request_that_is_no_handshake(cluster: Cluster, client: Client) 
 
 
 @pytest.mark.parametrize("message", ["hello", b"hello"])
-async def test_a_client_may_not_send(cluster: Cluster, message: str | bytes) -> None:
+async def test_a_client_may_not_send(cluster: Scoreboard, message: str | bytes) -> None:
     """Receive-only: the connection ends with 1008."""
     async with cluster.live() as socket:
         await socket.send(message)
@@ -128,7 +130,7 @@ async def test_a_client_may_not_send(cluster: Cluster, message: str | bytes) -> 
     check_close(1008, "receive-only")
 
 
-async def test_a_token_that_expires_ends_the_connection(cluster: Cluster) -> None:
+async def test_a_token_that_expires_ends_the_connection(cluster: Scoreboard) -> None:
     """With 4401, within a second of its time."""
     token = cluster.token("watcher", ttl_s=2)
     expires = time.time() + 2
@@ -142,10 +144,13 @@ async def test_a_token_that_expires_ends_the_connection(cluster: Cluster) -> Non
     assert time.time() - expires < 1.5
 
 
-async def test_everyone_agrees(cluster: Cluster, client: Client, user: str) -> None:
+async def test_everyone_agrees(cluster: Scoreboard, client: Client, user: str) -> None:
     """PostgreSQL, GET on both replicas and the WebSockets of both gateways; and soon enough."""
-    gateways = [cluster.process(name)["port"] for name in cluster.names("gateway-")]
-    async with cluster.live(port=gateways[0]) as one, cluster.live(port=gateways[1]) as other:
+    (host, port), (other_host, other_port) = cluster.replicas("gateway")
+    async with (
+        cluster.live(host=host, port=port) as one,
+        cluster.live(host=other_host, port=other_port) as other,
+    ):
         for socket in (one, other):
             await receive_board(socket)
         delays = []

@@ -9,7 +9,7 @@ import pytest
 
 from services.api.submission import SCORE_MAX
 from shared.token import mint
-from tests.cluster import Answer, Client, Cluster
+from tests.cluster import Answer, Client, Scoreboard
 
 UPDATE = "/api/scores/update"
 
@@ -88,7 +88,7 @@ async def test_without_a_token(client: Client, authorization: str | None) -> Non
 
 
 async def test_with_a_token_that_is_not_believed(
-    client: Client, cluster: Cluster, user: str
+    client: Client, cluster: Scoreboard, user: str
 ) -> None:
     """Expired, of another key, unsigned: all the same answer."""
     header = base64.urlsafe_b64encode(b'{"alg":"none"}').rstrip(b"=").decode()
@@ -101,7 +101,9 @@ async def test_with_a_token_that_is_not_believed(
         assert of(await client.post(user, token=token)) == UNAUTHORIZED
 
 
-async def test_with_the_token_of_another_user(client: Client, cluster: Cluster, user: str) -> None:
+async def test_with_the_token_of_another_user(
+    client: Client, cluster: Scoreboard, user: str
+) -> None:
     """Nobody scores for somebody else, however alike the names; and it costs the other nothing."""
     twin = f"{user}\u030a"
     for other in (user.upper(), f" {user}", f"{user} ", twin):
@@ -111,7 +113,7 @@ async def test_with_the_token_of_another_user(client: Client, cluster: Cluster, 
 
 
 async def test_the_hundred_and_first_is_too_many(
-    client: Client, cluster: Cluster, user: str
+    client: Client, cluster: Scoreboard, user: str
 ) -> None:
     """By the token's subject, over both replicas; nothing is added, and others are not concerned."""
     answers = await asyncio.gather(*(client.post(user) for _ in range(101)))
@@ -259,7 +261,7 @@ async def test_nothing_else_answers(client: Client, path: str) -> None:
     assert of(answer) == error(404, "Not found")
 
 
-async def test_what_is_no_http_is_refused_in_the_same_shape(cluster: Cluster) -> None:
+async def test_what_is_no_http_is_refused_in_the_same_shape(cluster: Scoreboard) -> None:
     """By Nginx, before it reaches anyone."""
     for head in (
         b"GET /api/scores/top HTTP/1.1\r\n\r\n",
@@ -274,10 +276,10 @@ async def test_what_is_no_http_is_refused_in_the_same_shape(cluster: Cluster) ->
         assert b'{"status":"error","message":"' in answer
 
 
-async def test_a_replica_alone_makes_its_own_ids_and_limits(cluster: Cluster, user: str) -> None:
+async def test_a_replica_alone_makes_its_own_ids_and_limits(cluster: Scoreboard, user: str) -> None:
     """Where no Nginx stands before it, as in development."""
-    port = cluster.process("api-0")["port"]
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+    host, port = cluster.replicas("api")[0]
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as http:
         headers = {
             "Authorization": f"Bearer {cluster.token(user)}",
             "Content-Type": "application/json",

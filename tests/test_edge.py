@@ -8,12 +8,12 @@ from io import BytesIO
 
 import pytest
 
-from tests.cluster import Cluster, eventually
+from tests.cluster import Scoreboard, eventually
 
 ANSWER_SECONDS_MAX = 20.0
 
 
-def send(cluster: Cluster, request: bytes) -> tuple[int, HTTPMessage, bytes]:
+def send(cluster: Scoreboard, request: bytes) -> tuple[int, HTTPMessage, bytes]:
     """Send these bytes and read until Nginx closes: status, headers, body."""
     with socket.create_connection(("127.0.0.1", cluster.port), ANSWER_SECONDS_MAX) as connection:
         connection.sendall(request)
@@ -60,7 +60,7 @@ def get(path: str, *headers: str, method: str = "GET") -> bytes:
     ],
 )  # fmt: skip
 def test_a_refused_request_is_answered_in_the_contracts_shape(
-    cluster: Cluster, request_bytes: bytes, status: int, message: str
+    cluster: Scoreboard, request_bytes: bytes, status: int, message: str
 ) -> None:
     """JSON, one request id, and no more about the server than it has to say."""
     answered, headers, body = send(cluster, request_bytes)
@@ -74,17 +74,17 @@ def test_a_refused_request_is_answered_in_the_contracts_shape(
 @pytest.mark.parametrize(
     ("path", "allowed"), [("/api/scores/update", "POST"), ("/api/scores/top", "GET, HEAD")]
 )
-def test_a_405_says_what_is_allowed(cluster: Cluster, path: str, allowed: str) -> None:
+def test_a_405_says_what_is_allowed(cluster: Scoreboard, path: str, allowed: str) -> None:
     """Also where Nginx refuses before the API is asked."""
     assert send(cluster, get(path, method="TRACE"))[1]["Allow"] == allowed
 
 
-def test_a_header_of_8_kb_passes(cluster: Cluster) -> None:
+def test_a_header_of_8_kb_passes(cluster: Scoreboard) -> None:
     """The limit is above what browsers send."""
     assert send(cluster, get("/api/scores/top", "Cookie: " + "a" * 8192))[0] == 200
 
 
-def test_the_page_runs_only_its_own_scripts(cluster: Cluster) -> None:
+def test_the_page_runs_only_its_own_scripts(cluster: Scoreboard) -> None:
     """The demo page comes with a strict policy, and is asked for anew."""
     status, headers, body = send(cluster, get("/"))
     assert (status, headers["Content-Type"]) == (200, "text/html")
@@ -96,14 +96,14 @@ def test_the_page_runs_only_its_own_scripts(cluster: Cluster) -> None:
         assert (status, headers["Content-Type"]) == (200, "text/javascript")
 
 
-async def test_no_query_reaches_a_log(cluster: Cluster) -> None:
+async def test_no_query_reaches_a_log(cluster: Scoreboard) -> None:
     """The access log has path and request id, and no log has what stands behind the `?`."""
     ids = [
         send(cluster, get(f"{path}?token=canary-of-a-token"))[1]["X-Request-ID"]
         for path in ("/scores/live", "/scores/live/", "/api/scores/top", "/board.js", "/%00")
     ]
-    logs = {path.name: path.read_text() for path in (cluster.home / "log").iterdir()}
-    lines = [json.loads(line) for line in logs["nginx.log"].splitlines() if line.startswith("{")]
+    logs = cluster.logs()
+    lines = [json.loads(line) for line in logs["nginx"].splitlines() if line.startswith("{")]
     paths = {line["http.request.id"]: line["url.path"] for line in lines}
     assert [paths[one] for one in ids[:4]] == [
         "/scores/live", "/scores/live/", "/api/scores/top", "/board.js",
@@ -111,7 +111,7 @@ async def test_no_query_reaches_a_log(cluster: Cluster) -> None:
     assert [name for name, text in logs.items() if "canary-of-a-token" in text] == []
 
 
-async def test_the_access_log_is_json_and_says_what_was_asked(cluster: Cluster) -> None:
+async def test_the_access_log_is_json_and_says_what_was_asked(cluster: Scoreboard) -> None:
     """Also of what is refused: the method that was sent, and no byte that is no JSON."""
     asked = {
         "a long body": get("/api/scores/update", "Content-Length: 5000", method="POST")
@@ -123,8 +123,8 @@ async def test_the_access_log_is_json_and_says_what_was_asked(cluster: Cluster) 
     ids = {send(cluster, request)[1]["X-Request-ID"]: name for name, request in asked.items()}
 
     def logged() -> dict[str, tuple[str, str]]:
-        lines = (cluster.home / "log" / "nginx.log").read_bytes().splitlines()
-        answers = [json.loads(line.decode()) for line in lines if line.startswith(b"{")]
+        lines = cluster.logs()["nginx"].splitlines()
+        answers = [json.loads(line) for line in lines if line.startswith("{")]
         return {
             ids[line["http.request.id"]]: (line["http.request.method"], line["url.path"])
             for line in answers

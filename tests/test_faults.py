@@ -12,7 +12,14 @@ from redis.asyncio import Redis
 
 from services.api.shards import Shards
 from shared.leaderboard import SCORES_KEY
-from tests.cluster import Cluster, Json, eventually, receive_board, receive_until
+from tests.cluster import (
+    Cluster,
+    Json,
+    Scoreboard,
+    eventually,
+    receive_board,
+    receive_until,
+)
 from tests.load import Load
 
 BACK_S_MAX = 6.0
@@ -23,7 +30,7 @@ BOARD_S_MAX = 6.0
 """For GET and every WebSocket to show the true board again."""
 
 
-async def true_board(cluster: Cluster) -> list[Json]:
+async def true_board(cluster: Scoreboard) -> list[Json]:
     """The top 10 as PostgreSQL has it."""
     async with Shards.connect(cluster.shard_urls) as shards:
         rows = await shards.top()
@@ -33,15 +40,15 @@ async def true_board(cluster: Cluster) -> list[Json]:
     ]
 
 
-async def shows_the_truth(cluster: Cluster) -> bool:
+async def shows_the_truth(cluster: Scoreboard) -> bool:
     """Whether GET and a new client of each gateway show what PostgreSQL has."""
     truth = await true_board(cluster)
     async with cluster.client() as client:
         board = await client.top()
     if board != truth:
         return False
-    for name in cluster.names("gateway-"):
-        async with cluster.live(port=cluster.process(name)["port"]) as socket:
+    for host, port in cluster.replicas("gateway"):
+        async with cluster.live(host=host, port=port) as socket:
             board = await receive_board(socket)
         if board != truth:
             return False

@@ -103,6 +103,14 @@ def test_a_missing_variable_is_refused_by_name(name: str) -> None:
         ApiSettings.from_environ({key: value for key, value in GOOD.items() if key != name})
 
 
+def test_an_unknown_variable_is_refused_by_name() -> None:
+    """Whoever writes SCOREBOARD_ means this project; what it means is no setting of a replica."""
+    with pytest.raises(
+        SettingsError, match=r"^SCOREBOARD_PORT is not a setting of this version\.$"
+    ):
+        ApiSettings.from_environ({**GOOD, "SCOREBOARD_PORT": "8080"})
+
+
 def test_no_error_shows_a_secret() -> None:
     """Errors end up in logs."""
     for name, value in {

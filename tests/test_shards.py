@@ -1,6 +1,7 @@
 """The statement that adds to scores, and the map of partitions, on real shards."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 
 import asyncpg
@@ -274,6 +275,40 @@ async def test_another_schema_is_refused(cluster: Cluster) -> None:
             schema.SchemaError, match=r"^Shard 0 has schema revision None, .* migrate"
         ):
             await shards.check()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (r":[^:@]+@", ":wrong@", "password authentication failed"),
+        (r"@.*?/", "@127.0.0.1:1/", "[Cc]onnect"),
+        (r"/[^/]*$", "/absent", 'database "absent" does not exist'),
+    ],
+    ids=["password", "port", "database"],
+)
+async def test_a_wrong_url_is_refused_by_its_place(
+    cluster: Cluster, old: str, new: str, said: str
+) -> None:
+    """In one sentence, without the password."""
+    url = re.sub(old, new, cluster.shard_urls[1])
+    with pytest.raises(
+        schema.SchemaError, match=f"^Shard 1 of SHARD_URLS .* cannot .*{said}"
+    ) as why:
+        await migration.migrate([cluster.shard_urls[0], url])
+    assert "\n" not in str(why.value)
+    assert "wrong" not in str(why.value)
+
+
+async def test_a_later_schema_is_refused(cluster: Cluster) -> None:
+    """A version that does not know it leaves it alone."""
+    shard = await asyncpg.connect(cluster.shard_urls[1])
+    try:
+        await shard.execute("UPDATE alembic_version SET version_num = 'later'")
+        with pytest.raises(schema.SchemaError, match=r"^Shard 1 of SHARD_URLS has a schema revis"):
+            await migration.migrate(cluster.shard_urls)
+    finally:
+        await shard.execute("UPDATE alembic_version SET version_num = $1", schema.HEAD)
+        await shard.close()
 
 
 @pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Sequence
 
 import structlog
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from services.api import metrics
 from services.api.batch import Batches, Overloaded
@@ -88,7 +88,9 @@ class Announcements:
         while True:
             try:
                 await self._send_missed()
-                if await self._leaderboard.claim_rebuild(CLAIM_MS):
+                is_mine = await self._leaderboard.claim_rebuild(CLAIM_MS)
+                metrics.REDIS_UP.set(1)
+                if is_mine:
                     await self._rebuild()
                 else:
                     await self._leaderboard.refresh_floor()
@@ -100,6 +102,8 @@ class Announcements:
             except (*REDIS_FAILURES, *DATABASE_FAILURES) as error:
                 log.warning("leaderboard.rebuild_failed", error=repr(error))
                 metrics.REBUILDS.labels("failed").inc()
+                if isinstance(error, RedisError):  # What PostgreSQL raises never is one.
+                    metrics.REDIS_UP.set(0)
             self._repair_now.clear()
             await asyncio.sleep(REPAIR_PAUSE_S)
             try:

@@ -27,6 +27,7 @@ from services.api.writes import Writes
 from shared.answers import error_body
 from shared.leaderboard import Leaderboard
 from shared.log import configure_logging
+from shared.loop import measure_loop
 from shared.operations import operations_routes
 from shared.redis import open_redis
 from shared.server import HttpServer, listen
@@ -113,6 +114,7 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
                 tasks.create_task(shards.keep_complete()),
                 tasks.create_task(retention.keep_pruned()),
                 tasks.create_task(export(shards)),
+                tasks.create_task(measure_loop()),
             ]
             if verifier.key_set is not None:
                 background.append(tasks.create_task(verifier.key_set.follow()))

@@ -9,12 +9,21 @@ from contextlib import AsyncExitStack
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.api.engine import open_engine
 from services.api.partition import PARTITIONS
-from services.api.schema import TABLES, SchemaError, check_placement, owned_partitions
+from services.api.schema import (
+    HEAD,
+    TABLES,
+    SchemaError,
+    check_placement,
+    owned_partitions,
+    unusable,
+)
 
 STEP_TIMEOUT_S = 60.0
 """Of one step of a migration, or of waiting for another run."""
@@ -43,21 +52,32 @@ async def migrate(shard_urls: Sequence[str]) -> None:
     Safe to run at any time and from several places at once.
 
     Raises:
-        SchemaError: If the shards' partitions contradict each other.
+        SchemaError: If a shard cannot be used or is of a later version, or the shards' partitions
+            contradict each other.
     """
     async with AsyncExitStack() as stack:
         shards = []
-        for url in shard_urls:
+        for number, url in enumerate(shard_urls):
             engine = open_engine(
                 url, statement_timeout_s=STEP_TIMEOUT_S, lock_timeout_s=STEP_TIMEOUT_S
             )
             stack.push_async_callback(engine.dispose)
-            shards.append(await stack.enter_async_context(engine.connect()))
+            try:
+                shards.append(await stack.enter_async_context(engine.connect()))
+            except (OSError, SQLAlchemyError) as error:
+                name = f"Shard {number} of SHARD_URLS ({engine.url.host})"
+                raise unusable(name, error) from error
         # Of the session: it ends with the connection, whatever happens. The first shard's stands
         # for all of them, so that two runs cannot wait for each other.
         await shards[0].execute(text("SELECT pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
-        for shard in shards:
-            await shard.run_sync(lambda sync: command.upgrade(configuration(sync), "head"))
+        for number, shard in enumerate(shards):
+            try:
+                await shard.run_sync(lambda sync: command.upgrade(configuration(sync), "head"))
+            except CommandError as error:
+                raise SchemaError(
+                    f"Shard {number} of SHARD_URLS has a schema revision that this version does "
+                    f"not know; it knows up to {HEAD}: use the version that made it, or a later one."
+                ) from error
             await shard.commit()
         await _place(shards)
 

@@ -37,6 +37,22 @@ class SchemaError(Exception):
     """A shard is not as this version needs it; the text is one line for a person."""
 
 
+def unusable(name: str, error: BaseException) -> SchemaError:
+    """
+    A shard that refuses us, or is not where its URL says, in the words of whatever came first.
+
+    Args:
+        name: What the error calls the shard.
+    """
+    # What is behind a timeout is only how it was brought about.
+    while error.__cause__ is not None and not isinstance(error, TimeoutError):
+        error = error.__cause__
+    words = " ".join(str(error).split()).removesuffix(".")
+    if isinstance(error, TimeoutError):
+        words = "it does not answer"
+    return SchemaError(f"{name} cannot be used: {words or repr(error)}.")
+
+
 def check_placement(claims: Sequence[set[int]]) -> None:
     """
     Check that no partition is attached on two shards.

@@ -240,15 +240,17 @@ class Shards:
         Read the owner map, and check that shards not yet heard of have this version's schema.
 
         Raises:
-            SchemaError: If one has not. A shard that is away is no error: the others serve.
+            SchemaError: If one has not, or refuses us. A shard that is away is no error: the
+                others serve.
         """
         for number in sorted(self._unchecked):
+            name = f"Shard {number}"
             try:
                 async with self._engines[number].connect() as connection:
-                    await schema.check(connection, f"Shard {number}")
+                    await schema.check(connection, name)
             except DATABASE_FAILURES as error:
                 if not is_transient(error):
-                    raise
+                    raise schema.unusable(name, error) from error
                 log.warning("shard.away", shard=number, error=repr(error))
             else:
                 self._unchecked.discard(number)

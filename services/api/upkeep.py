@@ -160,7 +160,7 @@ class Retention:
 
 
 async def export(shards: Shards) -> None:
-    """Show how each shard's last audit and last pruning ended, for as long as the replica lives."""
+    """Show whether each shard answers, and how its last audit and its last pruning ended, for ever."""
     async with asyncio.TaskGroup() as tasks:
         for shard in range(shards.count):
             tasks.create_task(_export(shards, shard))
@@ -171,8 +171,10 @@ async def _export(shards: Shards, shard: int) -> None:
         try:
             upkeep = await shards.upkeep(shard)
         except DATABASE_FAILURES as error:
+            metrics.SHARD_UP.labels(shard).set(0)
             log.warning("upkeep.unknown", shard=shard, error=repr(error))
         else:
+            metrics.SHARD_UP.labels(shard).set(1)
             metrics.AUDIT_FINISHED.labels(shard).set(upkeep.audited_at)
             metrics.AUDIT_DIFFERENCES.labels(shard).set(upkeep.differences)
             metrics.OLDEST_OPERATION.labels(shard).set(upkeep.oldest_operation_at)

@@ -102,6 +102,7 @@ class Writes:
             RetryBudget(share=RETRY_SHARE, reserve=RETRY_RESERVE, saved_max=RETRIES_SAVED_MAX)
             for _ in range(shards.count)
         ]
+        metrics.QUEUE_LIMIT.set(QUEUE_MAX)
         for shard, queue in enumerate(self._queues):
             metrics.QUEUE.labels(shard).set_function(queue.__len__)
             metrics.RESTING.labels(shard).set_function(partial(_is_resting, self._breakers[shard]))
@@ -156,6 +157,8 @@ class Writes:
             return [NotWritten()] * len(operations)  # They waited behind the batch that failed.
         self._budgets[shard].save(len(operations))
         first = {(one.user_id, one.op_id): one for one in reversed(operations)}
+        if len(first) == len(operations):
+            return list(await self._try(shard, operations))
         sent = list(first.values())
         outcomes = dict(zip(sent, await self._try(shard, sent), strict=True))
         return [

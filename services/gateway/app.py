@@ -112,9 +112,9 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         per_user=settings.connections_per_user_max,
         per_address=settings.connections_per_address_max,
     )
-    sockets: Clients[bytearray] = Clients(caps, "websocket")
-    compressed: Clients[bytearray] = Clients(caps, "websocket-deflate")
-    streams: Clients[bytes] = Clients(caps, "sse")
+    sockets: Clients = Clients(caps, "websocket")
+    compressed: Clients = Clients(caps, "websocket-deflate")
+    streams: Clients = Clients(caps, "sse")
     verifier = TokenVerifier(settings)
     loop = asyncio.get_running_loop()
     redis = open_redis(settings.redis_url, timeout_s=REDIS_TIMEOUT_S)
@@ -124,7 +124,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
         metrics.BOARD_BYTES.set(len(message))
         sockets.publish(frame(message))
         if settings.compression:
-            compressed.publish(frame(deflated(message)))
+            compressed.publish(frame(deflated(message), compressed=True))
         streams.publish(event(board.position, message))
 
     feed = Feed(redis, publish)
@@ -199,7 +199,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
             await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
 
 
-async def _drain(everyone: Iterable[Clients[Any]], window_s: float) -> None:
+async def _drain(everyone: Iterable[Clients], window_s: float) -> None:
     await asyncio.gather(*(clients.drain(window_s) for clients in everyone))
 
 

@@ -8,14 +8,19 @@ boards nobody wants to see any more, and would need a limit and a second way to 
 
 Nothing here waits for a client. The socket is written to as long as the kernel takes the bytes;
 when it stops, the transport keeps the rest of that one frame and says so (``pause_writing``).
+
+A pass touches as little of a client as it can: memory that nobody looked at since the pass before
+costs as much as the system call leaves. So the frame is written straight to the file, past picows
+and the transport, which have nothing of the client's in hand unless it is paused.
 """
 
 import asyncio
+import os
 import random
 import zlib
 from contextlib import suppress
 from enum import IntEnum
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Protocol, cast
 
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
 
@@ -48,8 +53,16 @@ DRAIN_STEP_S = 0.1
 DRAIN_LATE_MAX = 1.25
 """Times the window, on a machine too busy to keep the pace; whoever is left then is closed at once."""
 
-FRAME_OFFSET = 14
-"""Room that picows wants before the payload to write the frame's header into."""
+REST_S_MAX = 0.1
+"""After a pass the gateway rests for as long as it took, up to this. Whoever is behind us has the
+same boards to carry, often on the same processors: passes without a pause filled Nginx's buffers
+with boards that grew old there."""
+
+TEXT, COMPRESSED = 0x81, 0x40
+"""First byte of a frame that is a whole text message, and the bit of compression in it."""
+
+SHORT_BYTES_MAX = 125
+"""Of a payload whose length stands in the second byte; a longer one's stands in two more."""
 
 
 class Close(IntEnum):
@@ -69,9 +82,6 @@ RECEIVE_ONLY = "receive-only"
 
 CLOSE_CODES_RECEIVABLE = frozenset({*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)})
 """What a peer may send: the rest is reserved, or not for the wire (RFC 6455, section 7.4)."""
-
-
-F = TypeVar("F", bound=bytes | bytearray)
 
 
 class Shown(Counted, Timed, Protocol):
@@ -111,6 +121,7 @@ class Client(WSListener):
         "_close_by",
         "_control_frames",
         "_control_second",
+        "_file",
         "_heard",
         "_ping_at",
         "_transport",
@@ -124,17 +135,15 @@ class Client(WSListener):
     )
 
     _transport: WSTransport
-    _compressed = False
+    _file: int
 
-    def __init__(
-        self, clients: "Clients[bytearray]", subject: str, address: str, expires_at: float
-    ) -> None:
+    def __init__(self, clients: "Clients", subject: str, address: str, expires_at: float) -> None:
         self._clients = clients
         self.subject = subject
         self.address = address
         self.counted = False
         self.expires_at = expires_at
-        self.shown: bytearray | None = None
+        self.shown: bytes | None = None
         self.paused_at: float | None = None
         self.slot = 0
         self._close_by: float | None = None
@@ -151,6 +160,7 @@ class Client(WSListener):
         # Tell of the first byte the kernel does not take, and again when it has taken the last:
         # then at most one board waits here.
         transport.underlying_transport.set_write_buffer_limits(high=0, low=0)
+        self._file = transport.underlying_transport.get_extra_info("socket").fileno()
         now = self._clients.now()
         # Clients that came together, after a restart, are not pinged together.
         self._ping_at = now + random.uniform(0.5, 1.0) * PING_EVERY_S  # noqa: S311
@@ -165,6 +175,7 @@ class Client(WSListener):
         if ended is not None and self._close_by is None:
             # picows itself ended it, over a frame it could not accept.
             metrics.CLOSES.labels(cast("int", ended.code)).inc()
+        self._close_by = self._clients.now()  # The file is closed next, and may be another's then.
         self._clients.leave(self)
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
@@ -223,9 +234,12 @@ class Client(WSListener):
         if self._close_by is not None or self.paused_at is not None:
             return False
         self.shown = newest
-        self._transport.send_reuse_external_bytearray(
-            WSMsgType.TEXT, newest, FRAME_OFFSET, True, self._compressed
-        )
+        try:
+            sent = os.write(self._file, newest)
+        except OSError:  # The kernel takes nothing, or the client is gone: the transport will see.
+            sent = 0
+        if sent < len(newest):
+            self._transport.underlying_transport.write(newest[sent:])
         return True
 
     def refuse(self) -> None:
@@ -275,8 +289,6 @@ class DeflatedClient(Client):
 
     __slots__ = ()
 
-    _compressed = True
-
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         data = frame.msg_type in (WSMsgType.TEXT, WSMsgType.BINARY)
         if data and frame.rsv1 and self._close_by is None:
@@ -285,12 +297,11 @@ class DeflatedClient(Client):
             super().on_ws_frame(transport, frame)
 
 
-class Clients(Generic[F]):
+class Clients:
     """The connections of one kind in this process: WebSockets, deflated ones, or event streams.
 
     Attributes:
-        newest: The newest board as all of them are sent it; None before the first one. For
-            WebSockets ``FRAME_OFFSET`` bytes for the header, then the message.
+        newest: The newest board, byte for byte as all of them are sent it; None before the first.
         wheel: When to look at whom again.
         stalled: How many take nothing at the moment.
         draining: Set when the process is to end.
@@ -306,10 +317,11 @@ class Clients(Generic[F]):
         metrics.CONNECTIONS_OF.labels(transport).set_function(self.__len__)
         self.now = asyncio.get_running_loop().time
         self.wheel: Wheel[Shown] = Wheel(self.now())
-        self.newest: F | None = None
+        self.newest: bytes | None = None
         self.stalled = 0
         self.draining = False
-        self._open: set[Shown] = set()
+        # In the order in which they came, which is about the order of what the kernel has of them.
+        self._open: dict[Shown, None] = {}
         self._newer = asyncio.Event()
         self._left = asyncio.Event()
 
@@ -318,19 +330,19 @@ class Clients(Generic[F]):
 
     def join(self, client: Shown) -> bool:
         """Take the client in; False when there are too many, and it must be closed."""
-        self._open.add(client)
+        self._open[client] = None
         return self._caps.join(client)
 
     def leave(self, client: Shown) -> None:
         """Forget the client."""
-        self._open.discard(client)
+        self._open.pop(client, None)
         self._caps.leave(client)
         if client.paused_at is not None:
             self.stalled -= 1
         self.wheel.drop(client)
         self._left.set()
 
-    def publish(self, newest: F) -> None:
+    def publish(self, newest: bytes) -> None:
         """Show this to everyone, soon. Only ever called with a newer board."""
         self.newest = newest
         self._newer.set()
@@ -356,7 +368,9 @@ class Clients(Generic[F]):
                 metrics.FRAMES_SENT.inc(sent)
                 metrics.FRAMES_SKIPPED.inc(skipped)
                 await asyncio.sleep(0)
-            self._pass_seconds.observe(self.now() - begun)
+            seconds = self.now() - begun
+            self._pass_seconds.observe(seconds)
+            await asyncio.sleep(min(seconds, REST_S_MAX))
 
     async def keep_time(self) -> None:
         """Turn the wheel."""
@@ -386,8 +400,9 @@ class Clients(Generic[F]):
             due += len(clients) * step_s / max(window_s, step_s)
             late = self.now() - start >= DRAIN_LATE_MAX * window_s
             until = len(clients) if late else min(int(due), len(clients))
-            for client in self._open.intersection(clients[closed:until]):
-                client.close(Close.RESTART, "restart")
+            for client in clients[closed:until]:
+                if client in self._open:
+                    client.close(Close.RESTART, "restart")
             closed = until
             if closed < len(clients):
                 await asyncio.sleep(step_s)
@@ -398,9 +413,18 @@ class Clients(Generic[F]):
                     await self._left.wait()
 
 
-def frame(message: bytes) -> bytearray:
-    """What :class:`Clients` of WebSockets publish for a message."""
-    return bytearray(FRAME_OFFSET) + message
+def frame(message: bytes, *, compressed: bool = False) -> bytes:
+    """
+    The message as a whole WebSocket frame of a server (RFC 6455, section 5.2).
+
+    Args:
+        message: At most 65,535 bytes; the largest board has a quarter of that.
+        compressed: Whether it is what :func:`deflated` made.
+    """
+    first = TEXT | COMPRESSED if compressed else TEXT
+    if len(message) <= SHORT_BYTES_MAX:
+        return bytes([first, len(message)]) + message
+    return bytes([first, SHORT_BYTES_MAX + 1]) + len(message).to_bytes(2, "big") + message
 
 
 def deflated(message: bytes) -> bytes:

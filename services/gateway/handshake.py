@@ -14,7 +14,7 @@ from base64 import b64decode
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, cast
+from typing import cast
 from urllib.parse import parse_qsl
 
 import aiofastnet
@@ -235,9 +235,9 @@ class Door:
         received: Where all of them read to.
     """
 
-    sockets: Clients[bytearray]
-    deflated: Clients[bytearray]
-    streams: Clients[bytes]
+    sockets: Clients
+    deflated: Clients
+    streams: Clients
     caps: Caps
     rate: AcceptRate
     edge: Edge
@@ -259,7 +259,7 @@ class Door:
         return server
 
     @property
-    def kinds(self) -> tuple[Clients[Any], ...]:
+    def kinds(self) -> tuple[Clients, ...]:
         """All connections."""
         return self.sockets, self.deflated, self.streams
 

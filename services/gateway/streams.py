@@ -55,9 +55,7 @@ class EventStream(asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(
-        self, clients: Clients[bytes], subject: str, address: str, expires_at: float
-    ) -> None:
+    def __init__(self, clients: Clients, subject: str, address: str, expires_at: float) -> None:
         self._clients = clients
         self.subject = subject
         self.address = address

@@ -416,7 +416,12 @@ def token(home_path: Path, user: str, ttl: int) -> None:
 
 @main.command()
 @home_option
-def migrate(home_path: Path) -> None:
+@click.option(
+    "--check-settings",
+    is_flag=True,
+    help="First see that API and gateway could start with the settings of this environment.",
+)
+def migrate(home_path: Path, check_settings: bool) -> None:
     """Bring the schema of every shard up to date; `up` has done it already.
 
     The shards are those of SHARD_URLS or SHARD_URLS_FILE; without them, the running cluster's.
@@ -429,8 +434,11 @@ def migrate(home_path: Path) -> None:
 
     from services.api.migration import migrate as migrate_shards
     from services.api.schema import SchemaError
+    from services.scoreboard.cluster import check_settings as check
 
     with _sentences():
+        if check_settings:
+            check(os.environ)
         shard_urls = _shard_urls(Home(home_path))
         try:
             asyncio.run(migrate_shards(shard_urls))

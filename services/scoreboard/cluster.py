@@ -23,7 +23,15 @@ from services.scoreboard.home import (
     last_line,
     still_running,
 )
-from services.scoreboard.servers import Binaries, Nginx, Postgres, http_status, valkey, valkey_url
+from services.scoreboard.servers import (
+    BINARY_VARIABLES,
+    Binaries,
+    Nginx,
+    Postgres,
+    http_status,
+    valkey,
+    valkey_url,
+)
 from services.scoreboard.supervisor import Identity, Port, Program, Supervised, run_once
 
 SHARDS_DEFAULT = 2
@@ -43,7 +51,7 @@ FILES_MAX = 65536
 """A WebSocket takes one in its gateway and two in Nginx; many systems give 1024 unless asked."""
 
 SERVICE_VARIABLES = (
-    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "DRAIN_SECONDS",
+    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "DRAIN_SECONDS", *BINARY_VARIABLES,
 )  # fmt: skip
 """Set for each service here; the user's own, and their ``*_FILE`` twins, are for another cluster."""
 
@@ -143,7 +151,7 @@ class Cluster:
         self._home.write_secret("shard_urls", ",".join(map(postgres.url, shard_ports)))
         self._home.write_secret("redis_url", valkey_url(self._home, valkey_port))
         self._home.secret("jwt_secret")
-        self._check_settings()
+        check_settings(self._environ())
         self._home.rotate_logs()
 
         for shard, port in enumerate(shard_ports):
@@ -171,18 +179,6 @@ class Cluster:
             *(server.start() for server in self._nginx),
         )
         self._phase("ready")
-
-    def _check_settings(self) -> None:
-        # Here, because nothing else of the command needs them: they take a while.
-        from services.api.settings import ApiSettings
-        from services.gateway.settings import GatewaySettings
-        from shared.settings import SettingsError
-
-        try:
-            for settings in (ApiSettings, GatewaySettings):
-                settings.from_environ(self._environ())
-        except SettingsError as error:
-            raise ClusterError(str(error)) from None
 
     async def _create_shards(self, postgres: Postgres) -> None:
         for server in self._shards[self._home.shards() :]:
@@ -349,6 +345,25 @@ class Cluster:
             self._home.write_state(self._state)
         with suppress(OSError):
             self._shown(self._state)
+
+
+def check_settings(environ: Mapping[str, str]) -> None:
+    """
+    See whether API and gateway would start with this environment.
+
+    Raises:
+        ClusterError: With the sentence they would end with.
+    """
+    # Here, because nothing else of the command needs them: they take a while.
+    from services.api.settings import ApiSettings
+    from services.gateway.settings import GatewaySettings
+    from shared.settings import SettingsError
+
+    try:
+        for settings in (ApiSettings, GatewaySettings):
+            settings.from_environ(environ)
+    except SettingsError as error:
+        raise ClusterError(str(error)) from None
 
 
 def _ports(replicas: Sequence[Supervised]) -> list[int]:

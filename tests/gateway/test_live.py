@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from websockets.asyncio.client import connect
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State
+from websockets.uri import parse_uri
 
 from services.gateway import clients
 from services.gateway.app import SEND_BUFFER_BYTES
@@ -196,9 +200,9 @@ async def impatient(
     monkeypatch.setattr(clients, "STALL_MAX_S", 0.5)
     monkeypatch.setattr(clients, "CLOSE_TIMEOUT_S", 0.5)
     caps = Caps(total=10, per_user=10, per_address=10)
-    everyone: clients.Clients[bytearray] = clients.Clients(caps, "websocket")
-    deflated: clients.Clients[bytearray] = clients.Clients(caps, "websocket-deflate")
-    streams: clients.Clients[bytes] = clients.Clients(caps, "sse")
+    everyone: clients.Clients = clients.Clients(caps, "websocket")
+    deflated: clients.Clients = clients.Clients(caps, "websocket-deflate")
+    streams: clients.Clients = clients.Clients(caps, "sse")
     everyone.publish(clients.frame(b"{}"))
     settings = TokenSettings.from_environ({"JWT_SECRET": SECRET})
     with socket.create_server(("127.0.0.1", 0)) as door:
@@ -307,6 +311,19 @@ async def test_memory_returns(gateway: Gateway, scores: Scores) -> None:
         resident.append(int(status.split("VmRSS:")[1].split()[0]))
     # The first round is what the allocator keeps for the next ones.
     assert resident[-1] - resident[0] < 1024
+
+
+@pytest.mark.parametrize("length", [0, 125, 126, 65_535])
+def test_a_frame_is_what_another_implementation_reads(length: int) -> None:
+    """Whole, unmasked, of that length."""
+    client = ClientProtocol(parse_uri("ws://gateway"), state=State.OPEN)
+
+    client.receive_data(clients.frame(b"x" * length))
+
+    (read,) = client.events_received()
+    assert isinstance(read, Frame)
+    assert (read.opcode, read.fin, read.rsv1) == (Opcode.TEXT, True, False)
+    assert read.data == b"x" * length
 
 
 async def test_a_client_that_never_reads_is_closed_as_stalled(

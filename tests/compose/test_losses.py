@@ -1,0 +1,122 @@
+"""What the contract promises while a container is frozen, cut off or dead, and that all is back."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from services.api.partition import partition_of
+from tests.cluster import Json, eventually
+from tests.compose.stack import Stack
+from tests.load import Load
+from tests.test_faults import shows_the_truth
+
+pytestmark = [pytest.mark.compose, pytest.mark.chaos]
+
+AWAY_S = 5.0
+"""Longer than any deadline of a request."""
+
+BACK_SECONDS_MAX = 15.0
+"""From the loss, or its end, to healthy; a shard's recovery is the slowest."""
+
+BOARD_SECONDS_MAX = 6.0
+
+
+@asynccontextmanager
+async def loaded(stack: Stack, name: str) -> AsyncIterator[Load]:
+    """Users who score; afterwards every score is exact and everyone shows the true board."""
+    load = Load(stack)
+    async with load.running(name, users=20, pause_s=0.2):
+        await asyncio.sleep(1)
+        yield load
+    await load.assert_exact()
+    healed = await eventually(
+        lambda: shows_the_truth(stack), within_s=BOARD_SECONDS_MAX, what="the true board"
+    )
+    print(f"{name}: {dict(load.answers)}, {len(load.broken)} broken; "
+          f"board true {healed:.1f} s after; slowest {max(load.slowest_s.values()):.1f} s")  # fmt: skip
+    if load.failures:
+        print(*stack.failures(), sep="\n")
+
+
+def is_well(stack: Stack, before: Json) -> bool:
+    """Whether the container has been started anew and is healthy."""
+    (now,) = [one for one in stack.containers() if one["Id"] == before["Id"]]
+    state = now["State"]
+    return bool(
+        state["StartedAt"] != before["State"]["StartedAt"]
+        and state["Health"]["Status"] == "healthy"
+    )
+
+
+async def test_a_frozen_shard_fails_only_its_own_users(stack: Stack, user: str) -> None:
+    """Theirs get the contract's 500 or 503 in time; the others notice nothing."""
+    shard = stack.container("shard-1")["Id"]
+    async with loaded(stack, user) as load:
+        stack.docker("pause", shard)
+        try:
+            await asyncio.sleep(AWAY_S)
+        finally:
+            stack.docker("unpause", shard)
+        await asyncio.sleep(1)
+    assert load.failures and all(partition_of(one) % 2 == 1 for one in load.failures)
+    assert set(load.answers) <= {200, 500, 503} and not load.broken
+
+
+async def test_without_redis_updates_are_written(stack: Stack, user: str) -> None:
+    """Neither the answer nor the score changes; the board comes back with it."""
+    valkey = stack.container("valkey")["Id"]
+    network = f"{stack.project}_data"
+    async with loaded(stack, user) as load:
+        stack.docker("network", "disconnect", network, valkey)
+        try:
+            await asyncio.sleep(AWAY_S)
+        finally:
+            stack.docker("network", "connect", "--alias", "valkey", network, valkey)
+        await asyncio.sleep(2)
+    assert set(load.answers) == {200} and not load.broken
+
+
+SERVICES = ("nginx", "api", "gateway", "shard-0", "shard-1", "valkey", "prometheus")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's process can only be killed by root")
+@pytest.mark.parametrize("service", SERVICES)
+async def test_a_crashed_container_is_back_by_itself(stack: Stack, user: str, service: str) -> None:
+    """SIGKILL of its process, as when it runs out of memory: the engine starts it again."""
+    before = stack.containers(service)[0]
+    async with loaded(stack, user) as load:
+        os.kill(before["State"]["Pid"], signal.SIGKILL)
+        took = await eventually(
+            lambda: is_well(stack, before), within_s=BACK_SECONDS_MAX, what=f"{service} is back"
+        )
+        print(f"{service}: back in {took:.1f} s")
+    check_promise(service, load)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+async def test_a_killed_container_is_back_with_up(stack: Stack, user: str, service: str) -> None:
+    """The engine takes `docker kill` for an order and leaves it dead: `up` starts it again."""
+    before = stack.containers(service)[0]
+    async with loaded(stack, user) as load:
+        stack.docker("kill", before["Id"])
+        await asyncio.sleep(2)
+        await asyncio.to_thread(stack.up, api=2, gateway=2)
+        await eventually(lambda: is_well(stack, before), what=f"{service} is back")
+    check_promise(service, load)
+
+
+def check_promise(service: str, load: Load) -> None:
+    """What the contract says of users while such a container was away."""
+    if service == "nginx":
+        return  # Nobody is left who could answer; that all is exact, `loaded` has seen.
+    assert not load.broken
+    if service.startswith("shard-"):
+        shard = int(service[-1])
+        assert all(partition_of(one) % 2 == shard for one in load.failures)
+        assert set(load.answers) <= {200, 500, 503}
+    else:
+        assert set(load.answers) == {200}

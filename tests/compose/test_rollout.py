@@ -1,0 +1,226 @@
+"""Scaling, rolling out and losing replicas while 500 updates a second and a thousand watchers go on."""
+
+import asyncio
+import itertools
+import json
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import asyncpg
+import httpx2 as httpx
+import pytest
+
+from tests.benchmarks.http_load import open_loop
+from tests.cluster import eventually
+from tests.compose.build import ROOT
+from tests.compose.stack import OPERATIONS_PORTS, Stack
+from tests.compose.watchers import Watchers
+
+pytestmark = [pytest.mark.compose, pytest.mark.chaos, pytest.mark.timeout(600)]
+
+UPDATES_PER_S = 500
+USERS = 2000
+"""Each sends at most 90 of the 100 an hour that are allowed."""
+
+WATCHERS = 1000
+CONNECTIONS_MAX = 400
+
+LEADER_SCORE = 1_000_000
+"""Of the board's ten: what the load's users reach is far below, so that boards are as rare as in a
+scoreboard of two million users."""
+
+SERVES_SECONDS_MAX = 5.0
+"""From a new replica's start to its first answer."""
+
+
+@pytest.fixture
+def busy(tmp_path: Path) -> Iterator[Stack]:
+    """A stack of its own, with one replica of each, whose gateways drain quickly."""
+    stack = Stack(tmp_path / "home")
+    stack.settings.write_text("DRAIN_SECONDS=3\n")
+    try:
+        stack.up(api=1, gateway=1)
+        yield stack
+    finally:
+        stack.down()
+
+
+def updates(tokens: list[str], prefix: str) -> Iterator[bytes]:
+    """One unit each, for one user after the other, without a key."""
+    requests = [
+        (
+            "POST /api/scores/update HTTP/1.1\r\nHost: board\r\nContent-Type: application/json\r\n"
+            f"Authorization: Bearer {token}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}"
+        ).encode()
+        for number, token in enumerate(tokens)
+        for body in [json.dumps({"userId": f"{prefix}-{number}", "scoreIncrement": 1})]
+    ]
+    return itertools.cycle(requests)
+
+
+def load(port: int, tokens: list[str], prefix: str, seconds: float) -> Counter[int]:
+    """The answers by status, in a process of its own."""
+    phases = [(float(UPDATES_PER_S), seconds)]
+    arrivals = open_loop(port, updates(tokens, prefix), phases, CONNECTIONS_MAX)
+    return Counter(arrival.status for arrival in arrivals)
+
+
+@asynccontextmanager
+async def under_load(stack: Stack, prefix: str, seconds: float) -> AsyncIterator[Watchers]:
+    """
+    Updates and watchers for as long as given; the block must end before.
+
+    At the end each update was answered 200 and counts once, and who watches was sent away with 1012.
+    """
+    tokens = [stack.token(f"{prefix}-{number}") for number in range(USERS)]
+    async with stack.client() as client:
+        for number in range(10):
+            await client.post(f"leader-{number}", LEADER_SCORE + number)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        async with Watchers(stack).watching(WATCHERS) as watchers:
+            loading = asyncio.get_running_loop().run_in_executor(
+                pool, load, stack.port, tokens, prefix, seconds
+            )
+            began = time.monotonic()
+            await asyncio.sleep(2)
+            yield watchers
+            took = time.monotonic() - began
+            assert not loading.done(), f"the load ended before: {took:.0f} s"
+            answers = await loading
+            await eventually(
+                lambda: watchers.connected == WATCHERS, within_s=30, what="all are back"
+            )
+            print(f"{prefix}: {took:.0f} s; answers {dict(answers)}; "
+                  f"closed {dict(watchers.closed)}; refused {dict(watchers.refused)}; "
+                  f"{watchers.messages} boards")  # fmt: skip
+    if set(answers) != {200}:
+        print(*stack.failures(), sep="\n")
+    assert dict(answers) == {200: int(UPDATES_PER_S * seconds)}
+    await assert_counted_once(stack, prefix, sum(answers.values()))
+
+
+async def assert_counted_once(stack: Stack, prefix: str, sent: int) -> None:
+    """Every user's score and operations are the updates sent for this user."""
+    expected = {
+        f"{prefix}-{number}": sent // USERS + (number < sent % USERS) for number in range(USERS)
+    }
+    stored: dict[str, tuple[int, int]] = {}
+    for url in stack.shard_urls:
+        shard = await asyncpg.connect(url)
+        rows = await shard.fetch(
+            """
+            SELECT user_id, held.score, sum(delta)::integer AS total
+            FROM user_scores AS held JOIN score_ops USING (user_id)
+            WHERE user_id LIKE $1 GROUP BY user_id, held.score
+            """,
+            f"{prefix}-%",
+        )
+        await shard.close()
+        stored |= {row["user_id"]: (row["score"], row["total"]) for row in rows}
+    wrong = {user: stored.get(user) for user, n in expected.items() if stored.get(user) != (n, n)}
+    assert wrong == {}
+
+
+async def served(stack: Stack, service: str) -> dict[str, float]:
+    """What each replica has done so far, by id: updates answered, or connections held."""
+    pattern = {
+        "api": r'scoreboard_http_requests_total\{[^}]*route="/api/scores/update"[^}]*\} (\S+)',
+        "gateway": r"^scoreboard_gateway_connections (\S+)",
+    }[service]
+    counts = {}
+    async with httpx.AsyncClient() as http:
+        for one in stack.containers(service):
+            url = f"http://{stack.address(one, 'edge')}:{OPERATIONS_PORTS[service]}/metrics"
+            text = (await http.get(url)).text
+            counts[one["Id"]] = sum(map(float, re.findall(pattern, text, re.MULTILINE)))
+    return counts
+
+
+async def in_a_thread(work: object, *arguments: object, **options: object) -> object:
+    """Have an operator do something while the rest goes on."""
+    return await asyncio.to_thread(work, *arguments, **options)  # type: ignore[arg-type]
+
+
+def roll_out(stack: Stack, service: str, image: str) -> "subprocess.CompletedProcess[str]":
+    """As an operator does."""
+    return subprocess.run(
+        [ROOT / "deploy" / "rollout", service],
+        env={**stack.environ, "SCOREBOARD_IMAGE": image},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def another_image(stack: Stack, tag: str, *lines: str) -> str:
+    """The same program in another image, with these lines of a Dockerfile on top."""
+    dockerfile = "\n".join((f"FROM {stack.environ['SCOREBOARD_IMAGE']}", *lines))
+    subprocess.run(
+        ["docker", "build", "--quiet", "--tag", tag, "-"],
+        input=dockerfile, env={**stack.environ, "DOCKER_BUILDKIT": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return tag
+
+
+def images(stack: Stack, service: str) -> set[str]:
+    """What the replicas run."""
+    return {one["Config"]["Image"] for one in stack.containers(service)}
+
+
+async def test_scaling_up_and_down(busy: Stack) -> None:
+    """To four of each and back: nobody's update fails, and the new ones serve at once."""
+    async with under_load(busy, "scaling", 60) as watchers:
+        before = {one["Id"] for one in busy.containers("api")}
+        asked = time.monotonic()
+        await in_a_thread(busy.up, api=4, gateway=4)
+        print(f"up: {time.monotonic() - asked:.1f} s")
+
+        async def all_serve() -> bool:
+            counts = await served(busy, "api")
+            return len(counts) == 4 and all(counts[one] > 0 for one in counts.keys() - before)
+
+        print(
+            f"all serve after {await eventually(all_serve, within_s=SERVES_SECONDS_MAX):.1f} s more"
+        )
+        await asyncio.sleep(2)
+        await in_a_thread(busy.up, api=1, gateway=1)
+    assert watchers.closed.keys() <= {1012}
+    assert len(busy.containers("api")) == len(busy.containers("gateway")) == 1
+
+
+async def test_rolling_out(busy: Stack) -> None:
+    """A new image for both services; then one that does not work, which harms nobody."""
+    image = another_image(busy, "scoreboard:test-next", "LABEL version=next")
+    broken = another_image(busy, "scoreboard:test-broken", "ENV UPDATE_RATE_LIMIT=lots")
+    async with under_load(busy, "rollout", 60) as watchers:
+        for service in ("api", "gateway"):
+            done = await asyncio.to_thread(roll_out, busy, service, image)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert images(busy, service) == {image}
+        done = await asyncio.to_thread(roll_out, busy, "api", broken)
+        print(done.stderr)
+        assert done.returncode == 1
+        assert "UPDATE_RATE_LIMIT must be a quota" in done.stderr
+        assert images(busy, "api") == {image}
+    assert watchers.closed.keys() <= {1012}
+
+
+async def test_losing_a_replica(busy: Stack) -> None:
+    """SIGKILL of an API replica costs no request; that of a gateway, its own connections only."""
+    await in_a_thread(busy.up, api=2, gateway=2)
+    async with under_load(busy, "killed", 20) as watchers:
+        busy.docker("kill", "--signal", "KILL", busy.containers("api")[0]["Id"])
+        await asyncio.sleep(5)
+        assert not watchers.closed
+        victim = busy.containers("gateway")[0]["Id"]
+        held = (await served(busy, "gateway"))[victim]
+        busy.docker("kill", "--signal", "KILL", victim)
+        await asyncio.sleep(3)
+        assert watchers.closed == {1006: held}
