@@ -50,9 +50,10 @@ class Pair:
 @pytest_asyncio.fixture
 async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
     """With a board, a Valkey of their own, and limits that a test can reach."""
-    valkey = Valkey(tmp_path)
-    await valkey.start()
     async with AsyncExitStack() as stack:
+        valkey = Valkey(tmp_path)
+        stack.push_async_callback(valkey.kill)
+        await valkey.start()
         redis = await stack.enter_async_context(Redis.from_url(valkey.url))
         await Scores(redis).announce(1)
         gateways = [
@@ -67,7 +68,6 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
         await pair.shared()
         async with pair.stack:
             yield pair
-    await valkey.kill()
 
 
 async def test_a_user_has_one_limit_over_all_gateways(pair: Pair) -> None:
