@@ -54,10 +54,10 @@ class Valkey:
 
     async def kill(self) -> None:
         """End it as a crash does, if it runs."""
-        assert self._process is not None
-        if self._process.returncode is None:
-            self._process.kill()
-        await self._process.wait()
+        if self._process is not None:
+            if self._process.returncode is None:
+                self._process.kill()
+            await self._process.wait()
 
     def forget(self) -> None:
         """Remove the snapshot, so that the next start is empty."""

@@ -50,6 +50,9 @@ DRAIN_PER_S_MIN = 100
 
 DRAIN_STEP_S = 0.1
 
+DRAIN_LATE_MAX = 1.25
+"""Times the window, on a machine too busy to keep the pace; whoever is left then is closed at once."""
+
 REST_S_MAX = 0.1
 """After a pass the gateway rests for as long as it took, up to this. Whoever is behind us has the
 same boards to carry, often on the same processors: passes without a pause filled Nginx's buffers
@@ -390,15 +393,19 @@ class Clients:
         window_s = min(window_s, len(clients) / DRAIN_PER_S_MIN)
         start = self.now()
         closed = 0
+        due = 0.0
         while closed < len(clients):
-            elapsed = self.now() - start
-            until = len(clients) if elapsed >= window_s else int(len(clients) * elapsed / window_s)
+            step_s = random.uniform(0.5, 1.5) * DRAIN_STEP_S  # noqa: S311
+            # As much as a step's, however late it comes: to catch up would be a crowd.
+            due += len(clients) * step_s / max(window_s, step_s)
+            late = self.now() - start >= DRAIN_LATE_MAX * window_s
+            until = len(clients) if late else min(int(due), len(clients))
             for client in clients[closed:until]:
                 if client in self._open:
                     client.close(Close.RESTART, "restart")
             closed = until
             if closed < len(clients):
-                await asyncio.sleep(random.uniform(0.5, 1.5) * DRAIN_STEP_S)  # noqa: S311
+                await asyncio.sleep(step_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S + 2 * TICK_S):
                 while self._open:

@@ -193,8 +193,8 @@ async def running_gateway(
 ) -> AsyncIterator[Gateway]:
     """A gateway for as long as the block."""
     gateway = Gateway(redis_url, log, settings, module)
-    await gateway.start()
     try:
+        await gateway.start()
         yield gateway
     finally:
         if gateway.process.returncode is None:
