@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
 from redis.crc import key_slot
 from redis.exceptions import RedisError
@@ -41,7 +43,8 @@ class Valkey:
         await eventually(self._answers, within_s=START_SECONDS_MAX, what="Valkey answers")
 
     async def _answers(self) -> bool:
-        async with Redis.from_url(self.url) as redis:
+        # Its own retries would wait for longer than Valkey takes to start.
+        async with Redis.from_url(self.url, retry=Retry(NoBackoff(), 0)) as redis:
             try:
                 return bool(await redis.ping())
             except (RedisError, OSError):
