@@ -171,6 +171,7 @@ async def serve(settings: GatewaySettings, door: socket.socket, operations: sock
 
     async def drain(_request: Request) -> Response:
         if not sockets.draining:
+            sockets.draining = True  # At once: asked again, it is no second signal.
             signals.put_nowait(signal.SIGTERM)
         return JSONResponse({"status": "draining"}, 202)
 

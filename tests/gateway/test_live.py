@@ -309,8 +309,8 @@ async def test_memory_returns(gateway: Gateway, scores: Scores) -> None:
         await eventually(is_empty)
         status = Path(f"/proc/{gateway.process.pid}/status").read_text()  # noqa: ASYNC240
         resident.append(int(status.split("VmRSS:")[1].split()[0]))
-    # The first round is what the allocator keeps for the next ones.
-    assert resident[-1] - resident[0] < 1024
+    # The first round is what the allocator keeps for the next ones; kept, the others would be 7 MB.
+    assert resident[-1] - resident[0] < 3 * 1024
 
 
 @pytest.mark.parametrize("length", [0, 125, 126, 65_535])
