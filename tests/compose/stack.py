@@ -6,6 +6,7 @@ import random
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,9 @@ LOGGED = (
     "nginx.upstream.response_time",
 )  # fmt: skip
 """Of a failed request."""
+
+FIRST = 8
+"""Failed requests that are shown."""
 
 CALM_PORTS = range(20_000, 30_000)
 """No system takes its clients' ports from here: one of those would keep the engine from listening."""
@@ -167,12 +171,14 @@ class Stack(Scoreboard):
         }
 
     def failures(self) -> list[str]:
-        """What Nginx has logged of the last requests that it answered 500 or more."""
+        """What Nginx answered with 500 or more: how many a second, and its log of the first ones."""
         lines = [line for line in self.logs()["nginx"].splitlines() if line.startswith("{")]
         failed = [one for one in map(json.loads, lines) if one["http.response.status_code"] >= 500]
-        return [
-            " ".join(f"{name.rpartition('.')[2]}={one[name]}" for name in LOGGED) for one in failed
-        ][-5:]
+        first = [
+            " ".join(f"{name.rpartition('.')[2]}={one[name]}" for name in LOGGED)
+            for one in failed[:FIRST]
+        ]
+        return [str(dict(Counter(one["@timestamp"] for one in failed))), *first]
 
     def log(self, container: str) -> str:
         """All that one container has written."""

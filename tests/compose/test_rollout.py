@@ -180,7 +180,7 @@ async def test_scaling_up_and_down(busy: Stack) -> None:
         before = {one["Id"] for one in busy.containers("api")}
         asked = time.monotonic()
         await in_a_thread(busy.up, api=4, gateway=4)
-        print(f"up: {time.monotonic() - asked:.1f} s")
+        print(f"up: {time.monotonic() - asked:.1f} s, until {time.strftime('%X')}")
 
         async def all_serve() -> bool:
             counts = await served(busy, "api")
@@ -191,6 +191,7 @@ async def test_scaling_up_and_down(busy: Stack) -> None:
         )
         await asyncio.sleep(2)
         await in_a_thread(busy.up, api=1, gateway=1)
+        print(f"down until {time.strftime('%X')}")
     assert watchers.closed.keys() <= {1012}
     assert len(busy.containers("api")) == len(busy.containers("gateway")) == 1
 
