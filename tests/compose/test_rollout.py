@@ -30,7 +30,7 @@ USERS = 2000
 """Each sends at most 90 of the 100 an hour that are allowed."""
 
 WATCHERS = 1000
-CONNECTIONS_MAX = 400
+CONNECTIONS_MAX = 1500
 
 LEADER_SCORE = 1_000_000
 """Of the board's ten: what the load's users reach is far below, so that boards are as rare as in a
