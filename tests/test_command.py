@@ -375,8 +375,8 @@ LOCAL = {
     "LISTEN": "127.0.0.1:8080",
     "TLS": "",
     "RESOLVER": "",
-    "API_SERVERS": "server 127.0.0.1:8000 max_fails=1 fail_timeout=1s max_conns=256; "
-    "server 127.0.0.1:8000 backup max_fails=0 max_conns=128;",
+    "API_SERVERS": "server 127.0.0.1:8000 max_fails=1 fail_timeout=1s max_conns=128; "
+    "server 127.0.0.1:8000 backup max_fails=0 max_conns=64;",
     "GATEWAY_SERVERS": "server 127.0.0.1:8001;",
     "PAGE_ROOT": "/srv",
 }
@@ -384,7 +384,7 @@ COMPOSE = {
     "LISTEN": "8080",
     "TLS": "",
     "RESOLVER": "resolver 127.0.0.11 valid=1s ipv6=off;",
-    "API_SERVERS": "server api:8000 resolve max_fails=1 fail_timeout=1s max_conns=256; "
+    "API_SERVERS": "server api:8000 resolve max_fails=1 fail_timeout=1s max_conns=128; "
     "server api:8000 resolve backup max_fails=0 max_conns=128;",
     "GATEWAY_SERVERS": "server gateway:8000 resolve max_fails=1 fail_timeout=1s;",
     "PAGE_ROOT": "/srv",

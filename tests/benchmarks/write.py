@@ -60,7 +60,8 @@ OPEN_CONNECTIONS_MAX = 6000
 
 NORMAL_WINDOW_S = 0.1
 NORMAL_FACTOR = 2.0
-"""Normal again: from then on no tenth of a second's median is beyond twice that of the calm."""
+"""Normal again: from then on no tenth of a second's median is beyond twice that of the calm before,
+nor beyond the worst of its tenths: the machine has moments of its own."""
 
 RESULT = Path(".bench/write.json")
 
@@ -311,7 +312,7 @@ def overload(api: Http, requests: Iterator[bytes], capacity: float) -> dict[str,
         for arrival in arrivals
         if arrival.status == 200 and begin <= arrival.due_s + arrival.latency_s < end
     ]
-    before = [arrival.latency_s for arrival in arrivals if 1 <= arrival.due_s < begin]
+    before = [arrival for arrival in arrivals if 1 <= arrival.due_s < begin]
     refused = [arrival.latency_s for arrival in offered if arrival.status == 503]
     accepted = [arrival.latency_s for arrival in offered if arrival.status == 200]
     after = [arrival for arrival in arrivals if arrival.due_s >= end]
@@ -324,8 +325,8 @@ def overload(api: Http, requests: Iterator[bytes], capacity: float) -> dict[str,
         "accepted_p50_ms": percentile(accepted, 50) * 1e3,
         "accepted_p99_ms": percentile(accepted, 99) * 1e3,
         "refused_p99_ms": percentile(refused, 99) * 1e3,
-        "calm_p50_ms": percentile(before, 50) * 1e3,
-        "normal_after_s": normal_after(after, end, statistics.median(before)),
+        "calm_p50_ms": percentile([arrival.latency_s for arrival in before], 50) * 1e3,
+        "normal_after_s": normal_after(before, after, end),
     }
 
 
@@ -334,19 +335,22 @@ def percentile(seconds: Sequence[float], percent: int) -> float:
     return statistics.quantiles(seconds, n=100)[percent - 1] if len(seconds) > 1 else 0.0
 
 
-def normal_after(arrivals: Sequence[Arrival], end: float, calm_s: float) -> float:
+def normal_after(calm: Sequence[Arrival], after: Sequence[Arrival], end: float) -> float:
     """Seconds from ``end`` until the latency stays as in the calm; all there are if it does not."""
+    usual = medians(calm)
+    bound_s = max(NORMAL_FACTOR * statistics.median(usual.values()), *usual.values())
+    slow = [window for window, median_s in medians(after).items() if median_s > bound_s]
+    return (max(slow) + 1) * NORMAL_WINDOW_S - end if slow else 0.0
+
+
+def medians(arrivals: Sequence[Arrival]) -> dict[int, float]:
+    """The median latency of each window; what was refused took for ever."""
     windows: dict[int, list[float]] = {}
     for arrival in arrivals:
-        windows.setdefault(int((arrival.due_s - end) / NORMAL_WINDOW_S), []).append(
+        windows.setdefault(int(arrival.due_s / NORMAL_WINDOW_S), []).append(
             arrival.latency_s if arrival.status == 200 else float("inf")
         )
-    slow = [
-        window
-        for window, latencies in windows.items()
-        if statistics.median(latencies) > NORMAL_FACTOR * calm_s
-    ]
-    return (max(slow) + 1) * NORMAL_WINDOW_S if slow else 0.0
+    return {window: statistics.median(latencies) for window, latencies in windows.items()}
 
 
 def show(results: Mapping[str, Mapping[int, Cell]]) -> None:
