@@ -69,8 +69,9 @@ async def test_the_board_comes_as_events_too(
         score = await leading_score(client)
         assert (await client.post(user, score)).status == 200
         async with asyncio.timeout(5):
-            while user not in [row["userId"] for row in (board := await next_event(lines))]:
-                pass
+            board = await next_event(lines)
+            while user not in [row["userId"] for row in board]:
+                board = await next_event(lines)
         assert board == await client.top()
     refused = await client.request("GET", "/scores/live/sse")
     posted = await client.request("POST", "/scores/live/sse", headers=bearer)
