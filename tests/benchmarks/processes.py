@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -11,9 +11,9 @@ _PARENT, _UTIME, _CUTIME = 1, 11, 13
 """Places in /proc/PID/stat after the name: parent; utime and stime, which end before cutime."""
 
 
-def cpu_seconds(roots: Iterable[int]) -> float:
+def cpu_seconds(roots: Iterable[int]) -> dict[int, float]:
     """
-    CPU seconds of these processes and what descends from them.
+    CPU seconds of these processes and what descends from them, by pid.
 
     Without autovacuum: it cleans up after whoever was measured before.
     """
@@ -21,14 +21,19 @@ def cpu_seconds(roots: Iterable[int]) -> float:
     children = defaultdict(list)
     for pid, fields in stats.items():
         children[int(fields[_PARENT])].append(pid)
-    ticks, left = 0, list(roots)
+    seconds, left = {}, list(roots)
     while left:
         pid = left.pop()
         if "autovacuum worker" in _title(pid):
             continue
         left += children[pid]
-        ticks += sum(map(int, stats[pid][_UTIME:_CUTIME]))
-    return ticks / _TICKS_PER_S
+        seconds[pid] = sum(map(int, stats[pid][_UTIME:_CUTIME])) / _TICKS_PER_S
+    return seconds
+
+
+def cpu_spent(before: Mapping[int, float], after: Mapping[int, float]) -> float:
+    """CPU seconds between two looks; what has ended meanwhile, such as others' sessions, is left out."""
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
 
 
 def thread_seconds(pids: Iterable[int]) -> float:

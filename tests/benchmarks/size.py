@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from services.api.engine import open_engine
 from services.api.quota import Quota, count_in_memory
 from services.api.shards import Operation, Shards
-from tests.benchmarks.processes import cpu_seconds
+from tests.benchmarks.processes import cpu_seconds, cpu_spent
 from tests.cluster import Cluster
 
 USERS = 100_000
@@ -135,7 +135,7 @@ async def edge(cluster: Cluster) -> None:
             await client.post(user(number), USERS + number)
             await asyncio.gather(*(socket.recv() for socket in sockets))
         for name, pid in pids.items():
-            spent_us = (cpu_seconds([pid]) - began[name]) / (CLIENTS * BOARDS) * 1e6
+            spent_us = cpu_spent(began[name], cpu_seconds([pid])) / (CLIENTS * BOARDS) * 1e6
             print(f"a board to it     {spent_us:.1f} µs in {name}")
 
 

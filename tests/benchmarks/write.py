@@ -29,7 +29,7 @@ import asyncpg
 from services.scoreboard.servers import Binaries
 from tests.benchmarks import yardstick
 from tests.benchmarks.http_load import Arrival, ClosedLoop, Sample, open_loop
-from tests.benchmarks.processes import cpu_seconds, titles
+from tests.benchmarks.processes import cpu_seconds, cpu_spent, titles
 from tests.cluster import Cluster
 
 USERS = 10_000
@@ -158,12 +158,12 @@ class Meter:
         self._trees = trees
         self._before = self._read()
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> dict[str, dict[int, float]]:
         return {name: cpu_seconds(roots) for name, roots in self._trees.items()}
 
     def spent(self) -> dict[str, float]:
         """By what they are."""
-        return {name: now - self._before[name] for name, now in self._read().items()}
+        return {name: cpu_spent(self._before[name], now) for name, now in self._read().items()}
 
 
 class Http:
@@ -227,11 +227,11 @@ class Pgbench:
             time.sleep(0.05)
         time.sleep(WARM_S)
         meter = Meter({"postgres": self._servers})
-        load = cpu_seconds(run.pid for run in runs)
+        load_before = cpu_seconds(run.pid for run in runs)
         began = time.time()
         time.sleep(seconds)
         spent = meter.spent()
-        load = cpu_seconds(run.pid for run in runs) - load
+        load = cpu_spent(load_before, cpu_seconds(run.pid for run in runs))
         ended = time.time()
         for run in runs:
             run.send_signal(signal.SIGALRM)  # Its own timer's.
