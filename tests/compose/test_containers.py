@@ -1,20 +1,26 @@
 """What operators and attackers meet: health, hardening, secrets, and what answers from outside."""
 
+import asyncio
 import json
 import re
 import subprocess
 
+import httpx2 as httpx
 import pytest
 import yaml
 
-from tests.cluster import Json
+from tests.cluster import Json, eventually
 from tests.compose.build import COMPOSE_FILE, OFFICIAL
 from tests.compose.stack import Stack
+from tests.monitoring.prometheus import Prometheus
 
 pytestmark = pytest.mark.compose
 
 IMAGE_BYTES_MAX = 90_000_000
 """Of the project's image over its base."""
+
+FOUND_SECONDS_MAX = 15
+METRICS_PORTS = {"api": 8000, "gateway": 8001}
 
 FROM_ANOTHER_ADDRESS = """
 import urllib.error, urllib.request, collections
@@ -145,6 +151,29 @@ def test_nothing_but_the_contract_answers(stack: Stack) -> None:
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert code.stdout == "404", path
+
+
+async def test_prometheus_finds_every_replica(stack: Stack) -> None:
+    """Within 15 seconds of scaling, up and down."""
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{stack.prometheus_port}", trust_env=False
+    ) as http:
+        prometheus = Prometheus(http)
+        for count in (3, 1):
+            await asyncio.to_thread(stack.up, api=count, gateway=count)
+            expected = {
+                f"{service} {stack.address(replica, 'edge')}:{port}"
+                for service, port in METRICS_PORTS.items()
+                for replica in stack.containers(service)
+            }
+            assert len(expected) == 2 * count
+
+            async def sees_them(these: set[str] = expected) -> bool:
+                seen = await prometheus.healthy_targets()
+                return {one for one in seen if one.split()[0] in METRICS_PORTS} == these
+
+            found_s = await eventually(sees_them, within_s=FOUND_SECONDS_MAX)
+            print(f"{count} of each: all up after {found_s:.1f} s")
 
 
 def test_the_file_says_what_it_runs_on() -> None:
