@@ -22,8 +22,8 @@ from shared.edge import Edge
 SERVER_ERROR = 500
 """From this status on it is our fault."""
 
-OTHER_METHOD = "other"
-"""The label of methods that nobody should use here: a client must not make labels up."""
+OTHER = "other"
+"""The label of paths and methods that are not ours: a client must not make labels up."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -108,12 +108,12 @@ class Exchanges:
         exchange = self._identify(scope, receive)
         # Not taken back: uvicorn runs each exchange in a task, and so in a context, of its own.
         structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
-        route, status = "other", None
+        route, status = OTHER, None
         try:
             endpoint = self._endpoints.get(scope["path"])
             if endpoint is None:
                 status = await self._pass_on(scope, exchange, receive, send)
-                route = getattr(scope.get("route"), "path", "other")
+                route = getattr(scope.get("route"), "path", OTHER)
             else:
                 route = scope["path"]
                 answer = await _answer(endpoint, scope["method"], exchange, route)
@@ -190,7 +190,7 @@ async def _send(answer: Answer, exchange: Exchange, send: Send) -> None:
 
 @functools.cache
 def _counter(route: str, method: str, status: int | None) -> Counter:
-    known = method if method in ("GET", "HEAD", "POST") else OTHER_METHOD
+    known = method if method in ("GET", "HEAD", "POST") else OTHER
     return metrics.REQUESTS.labels(route, known, status)
 
 

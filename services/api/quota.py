@@ -26,7 +26,7 @@ from services.api.shards import NOTHING_SPENT, Limit, Shards, Spent
 from shared.leaderboard import REDIS_FAILURES
 
 BATCH_MAX = 500
-"""Checks in one call of the script: it takes some 2 µs each, and nobody else is served meanwhile."""
+"""Checks in one call of the script, during which Redis serves nobody else."""
 
 QUEUE_MAX = 10_000
 """Checks waiting for Redis; the one past that is refused as overload."""
