@@ -5,6 +5,7 @@ import gc
 import signal
 import socket
 from contextlib import AsyncExitStack
+from functools import partial
 
 import structlog
 import uvloop
@@ -12,11 +13,11 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from services.api.announcements import Announcements
+from services.api.connection import Connection
 from services.api.endpoints import Api, endpoints
-from services.api.exchange import Exchanges
+from services.api.exchange import Others
 from services.api.quota import Quota, count_in_memory, count_operations
 from services.api.schema import SchemaError
 from services.api.settings import ApiSettings
@@ -25,6 +26,7 @@ from services.api.top import Top
 from services.api.upkeep import Retention, export
 from services.api.writes import Writes
 from shared.answers import error_body
+from shared.edge import Edge
 from shared.leaderboard import Leaderboard
 from shared.log import configure_logging
 from shared.loop import measure_loop
@@ -80,30 +82,31 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
         announcements = Announcements(shards, leaderboard)
         writes = Writes(shards)
         retention = Retention(settings.shard_urls, settings.operation_retention)
-        app = create_app(
-            settings,
-            shards,
-            Api(
-                verifier=verifier,
-                update_quota=Quota(
-                    "update",
-                    settings.update_rate_limit,
-                    redis,
-                    count_operations(settings.update_rate_limit, shards),
-                ),
-                top_quota=Quota(
-                    "top",
-                    settings.top_rate_limit,
-                    redis,
-                    count_in_memory(settings.top_rate_limit),
-                ),
-                writes=writes,
-                announcements=announcements,
-                top=Top(shards, leaderboard),
-                score_increment_max=settings.score_increment_max,
+        api = Api(
+            verifier=verifier,
+            update_quota=Quota(
+                "update",
+                settings.update_rate_limit,
+                redis,
+                count_operations(settings.update_rate_limit, shards),
             ),
+            top_quota=Quota(
+                "top",
+                settings.top_rate_limit,
+                redis,
+                count_in_memory(settings.top_rate_limit),
+            ),
+            writes=writes,
+            announcements=announcements,
+            top=Top(shards, leaderboard),
+            score_increment_max=settings.score_increment_max,
         )
-        server = HttpServer(app, grace_s=GRACE_S)
+        edge = Edge(settings.trusted_proxies)
+        server = HttpServer(
+            Others(operations(shards), edge),
+            grace_s=GRACE_S,
+            protocol=partial(Connection, endpoints(api), edge),
+        )
         loop = asyncio.get_running_loop()
         for ending in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(ending, server.handle_exit, ending, None)
@@ -130,19 +133,19 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
         log.info("api.stopped")
 
 
-def create_app(settings: ApiSettings, shards: Shards, api: Api) -> ASGIApp:
-    """The endpoints, and Starlette for what only operators ask."""
+def operations(shards: Shards) -> Starlette:
+    """What only operators ask."""
 
     def readiness() -> str | None:
         # A shard that is away takes its own users with it, never the replica.
         return None if shards.is_known else "no shard has answered yet"
 
-    operations = Starlette(
+    app = Starlette(
         routes=operations_routes(readiness), exception_handlers={HTTPException: _refuse}
     )
     # `/livez/` is no path of ours; a redirect would make it one.
-    operations.router.redirect_slashes = False
-    return Exchanges(endpoints(api), operations, settings.trusted_proxies)
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _refuse(_request: Request, error: Exception) -> Response:

@@ -26,9 +26,6 @@ from shared.answers import CHALLENGE, RETRY_AFTER_OVERLOADED_S
 from shared.board import top_answer
 from shared.token import Claims, TokenVerifier, Unauthorized
 
-BODY_BYTES_MAX = 4096
-"""The longest honest body is a user id of 255 characters, at most 12 bytes each as an escape."""
-
 TOP_FRESH_S = 1
 """For how long a cache may show the board: the specification's CDN, at most a second behind."""
 
@@ -50,11 +47,11 @@ class Api:
     score_increment_max: int
 
 
-def endpoints(api: Api) -> Mapping[str, Endpoint]:
+def endpoints(api: Api) -> Mapping[bytes, Endpoint]:
     """What answers, by path."""
     return {
-        UPDATE: Endpoint(METHODS[UPDATE], partial(update_score, api)),
-        TOP: Endpoint(METHODS[TOP], partial(top_scores, api)),
+        path.encode(): Endpoint(path, tuple(map(str.encode, METHODS[path])), partial(handle, api))
+        for path, handle in ((UPDATE, update_score), (TOP, top_scores))
     }
 
 
@@ -73,7 +70,7 @@ def _not_written() -> Refused:
 async def update_score(api: Api, exchange: Exchange) -> Answer:
     """POST /api/scores/update: token, whose token, quota, body, write."""
     claims = _authenticate(api.verifier, exchange)
-    submission = await _read_submission(exchange)
+    submission = _read_submission(exchange)
     if isinstance(submission, Submission) and submission.user_id != claims.subject:
         raise _unauthorized()
     limit = await _spend(exchange, api.update_quota, claims.subject)
@@ -129,16 +126,15 @@ def _authenticate(verifier: TokenVerifier, exchange: Exchange) -> Claims:
         raise _unauthorized() from None
 
 
-async def _read_submission(exchange: Exchange) -> Submission | Refused:
+def _read_submission(exchange: Exchange) -> Submission | Refused:
     """The body if its ``userId`` can be read, else why not: that costs quota before it is said."""
     media_type = exchange.header(b"content-type", "application/json").partition(";")[0]
     if media_type.strip().lower() != "application/json":
         return Refused(415, "Unsupported media type")
-    body = await exchange.body(BODY_BYTES_MAX)
-    if body is None:
+    if exchange.body is None:
         return Refused(413, "Request body too large")
     try:
-        return read_body(body)
+        return read_body(exchange.body)
     except InvalidBody:
         return Refused(400, "Invalid request body")
 
