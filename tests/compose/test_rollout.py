@@ -265,9 +265,16 @@ async def test_scaling_up_and_down(busy: Stack) -> None:
 
 
 async def test_rolling_out(busy: Stack) -> None:
-    """A new image for both services; then one that does not work, which harms nobody."""
+    """A new image for both services; then two that do not work, which harms nobody."""
     image = another_image(busy, "scoreboard:test-next", "LABEL version=next")
-    broken = another_image(busy, "scoreboard:test-broken", "ENV UPDATE_RATE_LIMIT=lots")
+    unset = another_image(busy, "scoreboard:test-unset", "ENV UPDATE_RATE_LIMIT=lots")
+    broken = another_image(
+        busy,
+        "scoreboard:test-broken",
+        "USER 0",
+        "RUN echo 'raise SystemExit(\"it broke.\")' > services/api/__main__.py",
+        "USER 10001:10001",
+    )
     async with under_load(busy, "rollout", 60) as watchers:
         for service in ("api", "gateway"):
             starting = asyncio.create_task(starts(busy, **{service: 1}))
@@ -277,11 +284,16 @@ async def test_rolling_out(busy: Stack) -> None:
             (seconds,) = (await starting)[service]
             print(f"{service} answers after {seconds:.1f} s")
             assert seconds <= SERVES_SECONDS_MAX
-        done = await asyncio.to_thread(roll_out, busy, "api", broken)
-        print(done.stderr)
-        assert done.returncode == 1
-        assert "UPDATE_RATE_LIMIT must be a quota" in done.stderr
-        assert images(busy, "api") == {image}
+        # The migration finds the one, and the other says nothing before it serves.
+        for worse, sentence in (
+            (unset, "UPDATE_RATE_LIMIT must be a quota"),
+            (broken, "the new replica did not become healthy (it broke.)"),
+        ):
+            done = await asyncio.to_thread(roll_out, busy, "api", worse)
+            print(done.stderr)
+            assert done.returncode == 1
+            assert sentence in done.stderr
+            assert images(busy, "api") == {image}
     assert watchers.closed == {1012: WATCHERS}
 
 
