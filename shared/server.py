@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -52,7 +52,9 @@ class _OneWrite:
         self._transport.close()
 
 
-class _Protocol(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's side of one connection."""
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(
             cast("asyncio.Transport", _OneWrite(cast("asyncio.Transport", transport)))
@@ -62,18 +64,27 @@ class _Protocol(HttpToolsProtocol):
 class HttpServer(uvicorn.Server):
     """uvicorn, deaf to signals: set ``should_exit`` to have it drain and return."""
 
-    def __init__(self, app: ASGIApp, *, grace_s: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        grace_s: int,
+        protocol: Callable[..., HttpProtocol] = HttpProtocol,
+        keep_alive_s: int = KEEP_ALIVE_S,
+    ) -> None:
         """
         Args:
             grace_s: Seconds for requests in flight once it is told to end.
+            protocol: Makes what a connection is served by, from uvicorn's arguments.
+            keep_alive_s: Seconds a connection may wait for its next request.
         """
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_Protocol,
+                http=cast("type[asyncio.Protocol]", protocol),
                 lifespan="off",
                 ws="none",
-                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_keep_alive=keep_alive_s,
                 timeout_graceful_shutdown=grace_s,
                 # Nginx logs each request; uvicorn's own line has the token of the query string.
                 access_log=False,
@@ -90,19 +101,25 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def listen(name: str, host: str, port: int) -> socket.socket:
+def listen(
+    name: str, host: str, port: int, *, send_buffer_bytes: int | None = None
+) -> socket.socket:
     """
     A socket that listens; bound before anything is started that would have to be undone.
 
     Args:
         name: The variable that the port came from.
+        send_buffer_bytes: The kernel's of each connection; None for its own choice.
 
     Raises:
         SettingsError: If it cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise SettingsError(f"{name}: cannot listen on {host}:{port}: {reason}.") from None
+    if send_buffer_bytes is not None:  # accept() inherits it
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    return listening

@@ -13,6 +13,11 @@ from typing import NamedTuple
 
 import structlog
 from prometheus_client import Counter, Histogram
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.api import metrics
@@ -183,6 +188,22 @@ async def _send(answer: Answer, exchange: Exchange, send: Send) -> None:
         ]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
+
+
+def the_rest(routes: Sequence[BaseRoute]) -> Starlette:
+    """An application for what is no endpoint; it refuses in the same shape."""
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
+    # `/livez/` is no path of ours; a redirect would make it one.
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _refuse(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    message = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, error.detail)
+    return Response(
+        error_body(message), error.status_code, error.headers, media_type="application/json"
+    )
 
 
 # Looking a child up by its labels costs more than counting.

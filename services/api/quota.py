@@ -1,28 +1,25 @@
 """How much a client may do: a moving window a client, counted in Redis.
 
-`limits` gives the notation and the keys of a quota, and the window in memory. Where Redis is away
-updates are counted from the operations in PostgreSQL, and reads in this replica's memory: a quota
-never opens and never closes because of Redis.
+`limits` gives the notation of a quota. Where Redis is away updates are counted from the operations
+in PostgreSQL, and reads in this replica's memory: a quota never opens and never closes because of
+Redis.
 """
 
 import hashlib
-import math
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from importlib.resources import files
-from typing import NamedTuple
 
 import structlog
 from limits import RateLimitItem
-from limits.aio.storage import MemoryStorage
-from limits.aio.strategies import MovingWindowRateLimiter
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 from services.api import metrics
+from services.api.allowance import Allowance
 from services.api.batch import Batches
 from services.api.shards import NOTHING_SPENT, Limit, Shards, Spent
+from services.api.windows import Windows
 from shared.leaderboard import REDIS_FAILURES
 
 BATCH_MAX = 500
@@ -37,43 +34,6 @@ ID_LENGTH = 16
 """Of a request's id: 64 bits tell a client's requests of one window apart, in half the memory."""
 
 log = structlog.get_logger()
-
-
-class Allowance(NamedTuple):
-    """What is left of a client's quota after this request.
-
-    Attributes:
-        whole_in_s: Seconds until nothing of it is used any more.
-        retry_in_s: Seconds until the next request is allowed; 0 when it is now.
-        at_write: What the write has to keep to, because counting and writing are two steps here.
-    """
-
-    allowed: bool
-    limit: int
-    window_s: int
-    remaining: int
-    whole_in_s: float
-    retry_in_s: float
-    at_write: Limit | None = None
-
-    def headers(self, name: str) -> list[tuple[bytes, bytes]]:
-        """
-        What the client is told: the three usual headers, and draft-ietf-httpapi-ratelimit-headers.
-
-        Args:
-            name: The quota's name in the draft's fields.
-        """
-        limit, remaining, reset = self.limit, self.remaining, math.ceil(self.whole_in_s)
-        headers = [
-            (b"x-ratelimit-limit", b"%d" % limit),
-            (b"x-ratelimit-remaining", b"%d" % remaining),
-            (b"x-ratelimit-reset", b"%d" % reset),
-            (b"ratelimit", b'"%b";r=%d;t=%d' % (name.encode(), remaining, reset)),
-            (b"ratelimit-policy", b'"%b";q=%d;w=%d' % (name.encode(), limit, self.window_s)),
-        ]
-        if not self.allowed:
-            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_in_s))))
-        return headers
 
 
 Fallback = Callable[[str], Awaitable[Allowance]]
@@ -124,10 +84,6 @@ class Quota:
             other = await self._fallback(client)
             return min(counted, other, key=_room)._replace(at_write=other.at_write)
         return counted
-
-    async def recount(self, client: str) -> Allowance:
-        """What is left to a client whose request was refused only when it was to be written."""
-        return (await self._fallback(client))._replace(allowed=False, remaining=0)
 
     async def _spend(
         self, requests: Sequence[tuple[str, str]]
@@ -193,9 +149,10 @@ def count_operations(rate: RateLimitItem, shards: Shards) -> Fallback:
     async def count(user_id: str) -> Allowance:
         used = await queues[shards.shard_of(user_id)].submit(user_id)
         allowed = used.count < limit.count
-        return allowance(
-            rate,
+        return Allowance(
             allowed=allowed,
+            limit=limit.count,
+            window_s=limit.window_s,
             remaining=max(0, limit.count - used.count - allowed),
             whole_in_s=limit.window_s - (0 if allowed else used.newest_s),
             retry_in_s=0 if allowed else limit.window_s - used.oldest_s,
@@ -207,38 +164,9 @@ def count_operations(rate: RateLimitItem, shards: Shards) -> Fallback:
 
 def count_in_memory(rate: RateLimitItem) -> Fallback:
     """Count in this replica alone: each replica then allows the whole quota, and no more."""
-    limiter = MovingWindowRateLimiter(MemoryStorage())
+    windows = Windows(rate)
 
     async def count(client: str) -> Allowance:
-        allowed = await limiter.hit(rate, client)
-        window = await limiter.get_window_stats(rate, client)
-        return allowance(
-            rate,
-            allowed=allowed,
-            remaining=window.remaining,
-            whole_in_s=rate.get_expiry(),
-            retry_in_s=0 if allowed else max(0.0, window.reset_time - time.time()),
-        )
+        return windows.spend(client)
 
     return count
-
-
-def allowance(
-    rate: RateLimitItem,
-    *,
-    allowed: bool,
-    remaining: int,
-    whole_in_s: float,
-    retry_in_s: float,
-    at_write: Limit | None = None,
-) -> Allowance:
-    """An :class:`Allowance` of this rate."""
-    return Allowance(
-        allowed=allowed,
-        limit=rate.amount,
-        window_s=rate.get_expiry(),
-        remaining=remaining,
-        whole_in_s=whole_in_s,
-        retry_in_s=retry_in_s,
-        at_write=at_write,
-    )

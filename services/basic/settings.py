@@ -1,0 +1,25 @@
+"""The settings of the one process."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from services.api.settings import ScoreSettings
+from services.gateway.settings import LiveSettings
+from shared.settings import Listed, Network, ProcessSettings
+from shared.token import TokenSettings
+
+
+class BasicSettings(ProcessSettings, TokenSettings, ScoreSettings, LiveSettings):
+    """What it reads from its environment."""
+
+    database_url: str = Field(
+        pattern=r"^postgres(ql)?://",
+        repr=False,
+        description="a URL such as postgresql://user:password@host:5432/name",
+    )
+    # Its clients come straight to it: what they say of themselves is not believed.
+    trusted_proxies: Annotated[tuple[Network, ...], Listed] = Field(
+        (),
+        description="comma-separated networks whose X-Real-IP and X-Request-ID are believed",
+    )
