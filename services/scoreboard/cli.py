@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -30,6 +32,9 @@ from services.scoreboard.home import (
     last_line,
     still_running,
 )
+
+if TYPE_CHECKING:
+    from services.scoreboard.installation import Installation
 
 DEFAULT_HOME = ".scoreboard"
 DEFAULT_PORT = 8080
@@ -88,6 +93,21 @@ home_option = click.option(
 )
 
 
+detach_option = click.option(
+    "--detach", is_flag=True, help="Return as soon as everything is ready."
+)
+
+port_option = click.option(
+    "--port",
+    default=DEFAULT_PORT,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Where clients are served, on 127.0.0.1.",
+)
+
+greet_option = click.option("--greet/--no-greet", default=True, hidden=True)
+
+
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="live-scoreboard", prog_name="scoreboard")
 def main() -> None:
@@ -95,6 +115,7 @@ def main() -> None:
 
     \b
       scoreboard up --detach      start PostgreSQL, Valkey, API, gateways and Nginx
+      scoreboard basic --detach   or one process and PostgreSQL, for a start
       scoreboard token alice      a token to send scores with
       scoreboard status           what runs where
       scoreboard down             stop it; the data stays
@@ -103,14 +124,8 @@ def main() -> None:
 
 @main.command()
 @home_option
-@click.option("--detach", is_flag=True, help="Return as soon as the cluster is ready.")
-@click.option(
-    "--port",
-    default=DEFAULT_PORT,
-    show_default=True,
-    type=click.IntRange(1, 65535),
-    help="Where Nginx listens, on 127.0.0.1.",
-)
+@detach_option
+@port_option
 @click.option(
     "--api",
     default=2,
@@ -130,7 +145,7 @@ def main() -> None:
     type=click.IntRange(1, SHARDS_MAX),
     help="PostgreSQL shards.  [default: what the home has, else 2]",
 )
-@click.option("--greet/--no-greet", default=True, hidden=True)
+@greet_option
 def up(
     home_path: Path,
     detach: bool,
@@ -155,18 +170,68 @@ def up(
     none of JWT_...: tokens are signed by `scoreboard token`, with a secret of the home's own.
     """
     from services.scoreboard.cluster import Cluster, shard_count
-    from services.scoreboard.progress import Progress
 
     home = Home(home_path)
-    with _sentences(), Progress() as progress:
-        if home.running() is not None:
-            raise ClusterError(home.already())
-        home.create()
-        counts = {"api": api, "gateway": gateway, "shards": shard_count(home, shards)}
+    with _sentences():
+        _begin(home)
+        count = shard_count(home, shards)
         if detach:
-            _greet(_start_detached(home, port, counts, progress.show), home_path)
-            return
-        greeted = not greet
+            options = [
+                f"--port={port}",
+                f"--api={api}",
+                f"--gateway={gateway}",
+                f"--shards={count}",
+            ]
+            _start_detached(home_path, ["up", *options])
+        else:
+            cluster = partial(Cluster, port=port, api=api, gateway=gateway, shards=count)
+            _run(home_path, greet, cluster)
+
+
+@main.command()
+@home_option
+@detach_option
+@port_option
+@greet_option
+def basic(home_path: Path, detach: bool, port: int, greet: bool) -> None:
+    """Start the basic approach: one process and one PostgreSQL, and wait until it is ready.
+
+    Clients cannot tell it from a cluster. It is restarted when it dies. Without --detach it runs until
+    Ctrl-C. The data stays in --home, or in the database that DATABASE_URL names, and so do the secrets.
+
+    \b
+      scoreboard basic
+      scoreboard basic --detach --port 9000 --home /tmp/board
+      DATABASE_URL=postgresql://user:password@host/name scoreboard basic
+
+    `status`, `logs`, `token`, `audit`, `migrate` and `down` are those of a cluster. Settings are
+    taken from the environment, but none of JWT_...: tokens are signed by `scoreboard token`, with a
+    secret of the home's own.
+    """
+    from services.scoreboard.basic import Basic, one_shard
+
+    home = Home(home_path)
+    with _sentences():
+        _begin(home)
+        one_shard(home)
+        if detach:
+            _start_detached(home_path, ["basic", f"--port={port}"])
+        else:
+            _run(home_path, greet, partial(Basic, port=port))
+
+
+def _begin(home: Home) -> None:
+    if home.running() is not None:
+        raise ClusterError(home.already())
+    home.create()
+
+
+def _run(home_path: Path, greet: bool, make: Callable[..., "Installation"]) -> None:
+    """Be the supervisor until the end."""
+    from services.scoreboard.progress import Progress
+
+    greeted = not greet
+    with Progress() as progress:
 
         def shown(state: State) -> None:
             nonlocal greeted
@@ -175,21 +240,27 @@ def up(
                 greeted = True
                 _greet(state, home_path)
 
+        home = Home(home_path)
         home.lock()
-        asyncio.run(Cluster(home, port=port, shown=shown, **counts).run())
+        asyncio.run(make(home, shown=shown).run())
     click.echo(f"Stopped. The data stays in {home_path}")
 
 
-def _start_detached(
-    home: Home, port: int, counts: Mapping[str, int], show: Callable[[State], None]
-) -> State:
+def _start_detached(home_path: Path, words: Sequence[str]) -> None:
     """Start the supervisor in a session of its own and show its state until it is ready."""
-    options = [f"--{name}={count}" for name, count in counts.items()]
+    from services.scoreboard.progress import Progress
+
+    with Progress() as progress:
+        state = _ready(Home(home_path), words, progress.show)
+    _greet(state, home_path)
+
+
+def _ready(home: Home, words: Sequence[str], show: Callable[[State], None]) -> State:
     with home.first_words.open("wb") as log:
         supervisor = subprocess.Popen(
             # Its greeting would leave a token in the log.
-            [sys.executable, "-P", "-m", "services.scoreboard", "up", "--no-greet",
-             f"--home={home.path}", f"--port={port}", *options],
+            [sys.executable, "-P", "-m", "services.scoreboard", *words, "--no-greet",
+             f"--home={home.path}"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
