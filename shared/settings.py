@@ -143,11 +143,15 @@ class ProcessSettings(Settings):
     )
 
 
-class ReplicaSettings(ProcessSettings):
-    """What every replica of a cluster publishes through."""
+class RedisSettings(Settings):
+    """Where Redis is."""
 
     redis_url: str = Field(
         pattern=r"^rediss?(\+cluster)?://",
         repr=False,
         description="a URL such as redis://:password@host:6379/0, or redis+cluster://…",
     )
+
+
+class ReplicaSettings(ProcessSettings, RedisSettings):
+    """What every replica of a cluster listens on, says, believes and publishes through."""

@@ -58,7 +58,7 @@ class Quota:
         # One hash tag: a batch is one call of the script, on one node of a Redis Cluster.
         self._prefix = f"{{quota:{name}}}:{rate.amount}/{rate.get_expiry()}:"
         # In Redis for one window from such a moment on: what it has counted is not all.
-        self._gap_key = f"{{quota:{name}}}:gap"
+        self._gap_key = _gap_key(name)
         self._window_ms = rate.get_expiry() * 1000
         # Whether requests were counted elsewhere, or Redis has forgotten some, and that key must be set.
         self._gap = False
@@ -124,6 +124,15 @@ class Quota:
             *(request_id for _, request_id in requests),
         )
         return answer
+
+
+def _gap_key(name: str) -> str:
+    return f"{{quota:{name}}}:gap"
+
+
+async def open_gap(redis: Redis, name: str, window_s: int) -> None:
+    """Say that what Redis has counted of this quota is not all, for one window from now on."""
+    await redis.set(_gap_key(name), 1, px=window_s * 1000)
 
 
 def _room(one: Allowance) -> tuple[bool, int, float]:

@@ -215,6 +215,11 @@ class Shards:
         return len(self._engines)
 
     @property
+    def is_away(self) -> bool:
+        """Whether one of them has not answered yet."""
+        return bool(self._unchecked)
+
+    @property
     def is_known(self) -> bool:
         """Whether the owner of at least one partition is known."""
         return bool(self._owner)

@@ -72,6 +72,11 @@ class LocalBoard:
         """
         self._fresh = []
         top = await self._shards.top()
+        if len(top) < len(self._top):
+            # Scores do not vanish; but `scoreboard move` takes their tables away.
+            await self._shards.refresh_owners()
+            if not self._shards.is_complete:
+                return
         self._confirmed_at = self._now()
         self._rank(_merged(top, self._fresh))
         if self.board is None:

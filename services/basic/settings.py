@@ -4,9 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from services.api.settings import ScoreSettings
+from services.api.settings import ScoreSettings, ShardSettings
 from services.gateway.settings import LiveSettings
-from shared.settings import Listed, Network, ProcessSettings, Settings
+from shared.settings import Listed, Network, ProcessSettings, RedisSettings, Settings
 from shared.token import TokenSettings
 
 
@@ -14,7 +14,7 @@ class DatabaseSettings(Settings):
     """Where PostgreSQL is."""
 
     database_url: str = Field(
-        pattern=r"^postgres(ql)?://",
+        pattern=r"^postgres(ql)?://[^,]+$",
         repr=False,
         description="a URL such as postgresql://user:password@host:5432/name",
     )
@@ -30,3 +30,7 @@ class BasicSettings(ProcessSettings, TokenSettings, ScoreSettings, LiveSettings,
         (),
         description="comma-separated networks whose X-Real-IP and X-Request-ID are believed",
     )
+
+
+class MoveSettings(DatabaseSettings, ShardSettings, RedisSettings, ScoreSettings):
+    """From where to where users are moved, and the quota that has to hold on both sides."""

@@ -34,6 +34,7 @@ from services.scoreboard.home import (
 )
 
 if TYPE_CHECKING:
+    from services.basic.settings import MoveSettings
     from services.scoreboard.installation import Installation
 
 DEFAULT_HOME = ".scoreboard"
@@ -564,6 +565,74 @@ def audit(home_path: Path) -> None:
         f"Clean: every score of {findings.users} users is the sum of its operations "
         f"({time.monotonic() - began:.1f} s)."
     )
+
+
+@main.command()
+@home_option
+@click.argument("source", metavar="FROM_HOME", required=False, type=click.Path(path_type=Path))
+def move(home_path: Path, source: Path | None) -> None:
+    """Move all users from the basic installation in FROM_HOME to the cluster in --home.
+
+    Both run meanwhile. The cluster must have no users; it gets scores, operations and quotas as they
+    are. From its begin until clients speak to the cluster their increments are answered 500 or 503,
+    and are not written: sent again under the same Idempotency-Key they count once, wherever the first
+    try ended. A move that fails is undone.
+
+    The database is the one of DATABASE_URL, or FROM_HOME's; the cluster's shards and Redis are those
+    of SHARD_URLS and REDIS_URL, or those of --home. Each may be a ..._FILE.
+
+    \b
+      scoreboard up --detach --home /srv/cluster --port 8081
+      scoreboard move /srv/basic --home /srv/cluster
+      scoreboard down --home /srv/basic
+    """
+    import asyncpg
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from services.api.partition import PARTITIONS
+    from services.api.schema import SchemaError
+    from services.basic.move import move as move_users
+    from services.scoreboard.progress import Steps
+    from shared.leaderboard import REDIS_FAILURES
+
+    with _sentences():
+        settings = _move_settings(source, Home(home_path))
+        began = time.monotonic()
+        try:
+            with Steps("move", "partitions", PARTITIONS) as steps:
+                moved = asyncio.run(move_users(settings, steps.advance))
+        except SchemaError as error:
+            raise ClusterError(str(error)) from None
+        except (asyncpg.PostgresError, SQLAlchemyError, *REDIS_FAILURES) as error:
+            raise ClusterError(f"The move has failed and is undone: {error}") from None
+    click.echo(
+        f"Moved {moved.users} users and {moved.operations} operations "
+        f"({time.monotonic() - began:.1f} s)."
+    )
+
+
+def _move_settings(source: Path | None, target: Home) -> "MoveSettings":
+    """What the environment names, or else what the two running installations have."""
+    from services.basic.settings import MoveSettings
+    from shared.settings import SettingsError
+
+    read = {field.upper() + end for field in MoveSettings.model_fields for end in ("", "_FILE")}
+    environ = {name: value for name, value in os.environ.items() if name in read}
+    for variable, home, secret in (
+        ("DATABASE_URL", None if source is None else Home(source), "shard_urls"),
+        ("SHARD_URLS", target, "shard_urls"),
+        ("REDIS_URL", target, "redis_url"),
+    ):
+        if variable in environ or f"{variable}_FILE" in environ:
+            continue
+        if home is None:
+            raise ClusterError(f"Name the home of a basic installation, or set {variable}.")
+        _running(home)
+        environ[f"{variable}_FILE"] = str(home.secrets / secret)
+    try:
+        return MoveSettings.from_environ(environ)
+    except SettingsError as error:
+        raise ClusterError(str(error)) from None
 
 
 def _shard_urls(home: Home) -> Sequence[str]:
