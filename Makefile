@@ -23,6 +23,7 @@ down: ## Stop the cluster; the data stays in .scoreboard
 
 test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (no Docker needed)
 	@$(BIN)/pytest
+	@$(BIN)/pytest --cluster=basic -m "not chaos and not nginx" $(CONTRACT)
 
 test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk; and 200,000 updates (9 minutes)
 	@$(BIN)/pytest -m "chaos and not compose" -s

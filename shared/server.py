@@ -47,6 +47,10 @@ class _OneWrite:
         if held and not self._transport.is_closing():  # Its client may have gone meanwhile.
             self._transport.write(b"".join(held))
 
+    def write_eof(self) -> None:
+        self._flush()
+        self._transport.write_eof()
+
     def close(self) -> None:
         self._flush()
         self._transport.close()

@@ -41,6 +41,9 @@ HEAD_BYTES_MAX = 4 * LINE_BYTES_MAX
 RECEIVE_S = 5.0
 """For all of a request, from its first byte, and for the first one from when its client connects."""
 
+LINGER_S = 5.0
+"""For which a client that was refused may go on talking: closed on it, it might not see why."""
+
 SEND_S = 10.0
 """For which a client may leave an answer untaken."""
 
@@ -89,6 +92,7 @@ class Front(HttpProtocol):
         super().__init__(**uvicorn)
         self._door = door
         self._app = self.app
+        self._refused = False
         self._receiving = False
         self._in_head = True
         self._received = 0  # bytes of the request, but for the piece in which it began
@@ -138,7 +142,7 @@ class Front(HttpProtocol):
     # What comes in
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
         self._received += len(data)
@@ -189,7 +193,11 @@ class Front(HttpProtocol):
         return is_this and not answering.response_started
 
     def _refuse(self, refusal: Refused) -> None:
+        self._refused = True
         self._stop_waiting()
+        if (answering := self._answering) is not None:  # Its endpoint need not know.
+            answering.disconnected = True
+            answering.message_event.set()
         headers = {
             "Content-Type": "application/json",
             "Content-Length": str(len(refusal.body)),
@@ -198,7 +206,8 @@ class Front(HttpProtocol):
             **refusal.headers,
         }
         self.transport.write(answer_head(refusal.status, headers) + refusal.body)
-        self.transport.close()
+        self.transport.write_eof()
+        self._receive_by = self.loop.call_later(LINGER_S, self._bare.close)
 
     def _hand_over(self) -> None:
         self._stop_waiting()

@@ -150,7 +150,10 @@ async def _copy_partition(source: _Place, target: _Place, partition: str) -> Map
             await target.driver.copy_to_table(name, source=rows, format="binary")
         held = await target.driver.fetchrow(fingerprint)
     if held != wanted:
-        raise SchemaError(f"{target.name} of the cluster has users of its own in {partition}.")
+        raise SchemaError(
+            f"{target.name} of the cluster differs in {partition}: it has users of its own, or has been "
+            "in use since an earlier move."
+        )
     return wanted
 
 

@@ -1,9 +1,8 @@
 """Many users at once, written as increments would have left them."""
 
-import asyncpg
+from collections.abc import Sequence
 
-_OPERATIONS = 3
-"""Of each user: some recent ones, and a sum of removed ones."""
+import asyncpg
 
 _STATEMENTS = (
     """
@@ -11,11 +10,11 @@ _STATEMENTS = (
     SELECT 'user-' || n, n % 1000 + 3 + 7, LOCALTIMESTAMP - n % 977 * interval '1 ms'
     FROM generate_series(1, $1) AS n
     """,
-    f"""
+    """
     INSERT INTO score_ops (user_id, op_id, delta, score, created_at)
     SELECT 'user-' || n, 'k:' || op, CASE op WHEN 0 THEN n % 1000 + 1 ELSE 1 END,
            n % 1000 + 8 + op, LOCALTIMESTAMP - interval '2 hours'
-    FROM generate_series(1, $1) AS n, generate_series(0, {_OPERATIONS - 1}) AS op
+    FROM generate_series(1, $1) AS n, generate_series(0, 2) AS op
     """,
     """
     INSERT INTO score_ops_pruned (user_id, delta, operations)
@@ -35,11 +34,16 @@ async def write_users(url: str, count: int) -> None:
         await connection.close()
 
 
-async def all_rows(urls: list[str], table: str) -> list[tuple[object, ...]]:
-    """Every row of all shards, in order."""
+async def rows_of(urls: Sequence[str], table: str) -> list[tuple[object, ...]]:
+    """All that the table's partitions hold, attached or not, in order."""
     rows: list[tuple[object, ...]] = []
     for url in urls:
         connection = await asyncpg.connect(url)
-        rows += [tuple(row) for row in await connection.fetch(f"SELECT * FROM {table}")]  # noqa: S608
+        names = await connection.fetch(
+            "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname ~ $1",
+            f"^{table}_p[0-9]{{3}}$",
+        )
+        for (name,) in names:
+            rows += [tuple(row) for row in await connection.fetch(f"TABLE {name}")]
         await connection.close()
     return sorted(rows)
