@@ -9,7 +9,7 @@ CONTRACT := $(addprefix tests/test_,contract_update.py contract_top.py contract_
 
 .DEFAULT_GOAL := help
 .PHONY: help up down test test-chaos test-deploy test-compose test-compose-chaos compose-up compose-down compose-logs lint bench \
-    bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size bench-gateway bench-live bench-crowd lock clean
+    bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size bench-gateway bench-live bench-crowd bench-basic lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -81,6 +81,9 @@ bench-gateway: .venv/ready ## Measure a broadcast beside a bare loop, Node.js (Y
 
 bench-live: .venv/ready ## Measure POST to the last of 5,000 clients, and the age of boards in a rush; 2 minutes
 	@$(BIN)/python -m tests.benchmarks.live
+
+bench-basic: .venv/ready ## Measure the basic approach beside the cluster: updates, clients, memory; 5 minutes
+	@$(BIN)/python -m tests.benchmarks.basic
 
 bench-crowd: .venv/ready ## Measure 100,000 clients on this machine, who come and go (8 minutes, 5 GB)
 	@$(BIN)/python -m tests.benchmarks.crowd
