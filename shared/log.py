@@ -5,9 +5,13 @@ No line ever carries a token, a body or a query string: who logs names the field
 
 import logging
 import sys
+from contextvars import ContextVar
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Of the request that a line is about: whatever is logged on its way has it."""
 
 ECS_VERSION = "8.17.0"
 
@@ -23,6 +27,11 @@ _FIELDS = {
     "exception": "error.stack_trace",
 }
 """Our short names, and what ECS calls them."""
+
+
+def _about(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+    request_id = REQUEST_ID.get()
+    return line if request_id is None else {"request_id": request_id, **line}
 
 
 def _to_ecs(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
@@ -42,7 +51,7 @@ def configure_logging(*, service: str, level: str) -> None:
         return {**line, "service.name": service, "ecs.version": ECS_VERSION}
 
     common: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
+        _about,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,

@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -20,51 +19,6 @@ BACKLOG = 1024
 """Connections the kernel accepts for us while the loop is busy."""
 
 
-class _OneWrite:
-    """
-    A transport whose writes of one turn of the loop go out together.
-
-    uvicorn writes the head of an answer and its body one by one: two system calls, and two packets
-    for Nginx to wake up for, where one will do. And a process that is killed in between leaves Nginx
-    with a head that it has passed on: too late to ask another replica.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._loop = asyncio.get_running_loop()
-        self._held: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._held:
-            self._loop.call_soon(self._flush)
-        self._held.append(data)
-
-    def _flush(self) -> None:
-        held, self._held = self._held, []
-        if held and not self._transport.is_closing():  # Its client may have gone meanwhile.
-            self._transport.write(b"".join(held))
-
-    def write_eof(self) -> None:
-        self._flush()
-        self._transport.write_eof()
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-
-class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's side of one connection."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(
-            cast("asyncio.Transport", _OneWrite(cast("asyncio.Transport", transport)))
-        )
-
-
 class HttpServer(uvicorn.Server):
     """uvicorn, deaf to signals: set ``should_exit`` to have it drain and return."""
 
@@ -73,19 +27,19 @@ class HttpServer(uvicorn.Server):
         app: ASGIApp,
         *,
         grace_s: int,
-        protocol: Callable[..., HttpProtocol] = HttpProtocol,
+        protocol: Callable[..., asyncio.Protocol] = HttpToolsProtocol,
         keep_alive_s: int = KEEP_ALIVE_S,
     ) -> None:
         """
         Args:
             grace_s: Seconds for requests in flight once it is told to end.
-            protocol: Makes what a connection is served by, from uvicorn's arguments.
+            protocol: Makes what serves a connection; uvicorn calls it as it calls its own.
             keep_alive_s: Seconds a connection may wait for its next request.
         """
         super().__init__(
             uvicorn.Config(
                 app,
-                http=cast("type[asyncio.Protocol]", protocol),
+                http=protocol,  # type: ignore[arg-type]  # it asks for a class, and only calls it
                 lifespan="off",
                 ws="none",
                 timeout_keep_alive=keep_alive_s,

@@ -149,4 +149,4 @@ async def test_without_redis_reads_are_counted_in_memory() -> None:
 
     assert [one.allowed for one in spent] == [True, True, True, False]
     assert [one.remaining for one in spent] == [2, 1, 0, 0]
-    assert dict(spent[-1].headers("top"))[b"retry-after"] == b"3600"
+    assert b"\r\nretry-after: 3600\r\n" in spent[-1].headers("top")

@@ -5,6 +5,11 @@ from typing import NamedTuple
 
 from services.api.shards import Limit
 
+_HEADERS = (
+    b"x-ratelimit-limit: %d\r\nx-ratelimit-remaining: %d\r\nx-ratelimit-reset: %d\r\n"
+    b'ratelimit: "%b";r=%d;t=%d\r\nratelimit-policy: "%b";q=%d;w=%d\r\n'
+)
+
 
 class Allowance(NamedTuple):
     """What is left of a client's quota after this request.
@@ -23,7 +28,7 @@ class Allowance(NamedTuple):
     retry_in_s: float
     at_write: Limit | None = None
 
-    def headers(self, name: str) -> list[tuple[bytes, bytes]]:
+    def headers(self, name: str) -> bytes:
         """
         What the client is told: the three usual headers, and draft-ietf-httpapi-ratelimit-headers.
 
@@ -31,13 +36,10 @@ class Allowance(NamedTuple):
             name: The quota's name in the draft's fields.
         """
         limit, remaining, reset = self.limit, self.remaining, math.ceil(self.whole_in_s)
-        headers = [
-            (b"x-ratelimit-limit", b"%d" % limit),
-            (b"x-ratelimit-remaining", b"%d" % remaining),
-            (b"x-ratelimit-reset", b"%d" % reset),
-            (b"ratelimit", b'"%b";r=%d;t=%d' % (name.encode(), remaining, reset)),
-            (b"ratelimit-policy", b'"%b";q=%d;w=%d' % (name.encode(), limit, self.window_s)),
-        ]
-        if not self.allowed:
-            headers.append((b"retry-after", b"%d" % max(1, math.ceil(self.retry_in_s))))
-        return headers
+        quota = name.encode()
+        lines = _HEADERS % (
+            limit, remaining, reset, quota, remaining, reset, quota, limit, self.window_s,
+        )  # fmt: skip
+        if self.allowed:
+            return lines
+        return lines + b"retry-after: %d\r\n" % max(1, math.ceil(self.retry_in_s))

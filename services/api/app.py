@@ -4,14 +4,16 @@ import asyncio
 import signal
 import socket
 from contextlib import AsyncExitStack
+from functools import partial
 
 import structlog
 import uvloop
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 
 from services.api.announcements import Announcements
+from services.api.connection import Connection
 from services.api.endpoints import Api, endpoints
-from services.api.exchange import Exchanges, the_rest
+from services.api.exchange import Others, the_rest
 from services.api.quota import Quota, count_in_memory, count_operations
 from services.api.schema import SchemaError, unwrapped
 from services.api.settings import ApiSettings
@@ -19,6 +21,7 @@ from services.api.shards import Shards
 from services.api.top import Top
 from services.api.upkeep import Retention, export
 from services.api.writes import Writes
+from shared.edge import Edge
 from shared.garbage import collect_seldom
 from shared.leaderboard import Leaderboard
 from shared.log import configure_logging
@@ -67,30 +70,31 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
         announcements = Announcements(shards, leaderboard)
         writes = Writes(shards)
         retention = Retention(settings.shard_urls, settings.operation_retention)
-        app = create_app(
-            settings,
-            shards,
-            Api(
-                verifier=verifier,
-                update_quota=Quota(
-                    "update",
-                    settings.update_rate_limit,
-                    redis,
-                    count_operations(settings.update_rate_limit, shards),
-                ),
-                top_quota=Quota(
-                    "top",
-                    settings.top_rate_limit,
-                    redis,
-                    count_in_memory(settings.top_rate_limit),
-                ),
-                writes=writes,
-                announcer=announcements,
-                top=Top(shards, leaderboard),
-                score_increment_max=settings.score_increment_max,
+        api = Api(
+            verifier=verifier,
+            update_quota=Quota(
+                "update",
+                settings.update_rate_limit,
+                redis,
+                count_operations(settings.update_rate_limit, shards),
             ),
+            top_quota=Quota(
+                "top",
+                settings.top_rate_limit,
+                redis,
+                count_in_memory(settings.top_rate_limit),
+            ),
+            writes=writes,
+            announcer=announcements,
+            top=Top(shards, leaderboard),
+            score_increment_max=settings.score_increment_max,
         )
-        server = HttpServer(app, grace_s=GRACE_S)
+        edge = Edge(settings.trusted_proxies)
+        server = HttpServer(
+            Others(operations(shards), edge),
+            grace_s=GRACE_S,
+            protocol=partial(Connection, endpoints(api), edge),
+        )
         loop = asyncio.get_running_loop()
         for ending in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(ending, server.handle_exit, ending, None)
@@ -115,12 +119,11 @@ async def serve(settings: ApiSettings, door: socket.socket) -> None:
         log.info("api.stopped")
 
 
-def create_app(settings: ApiSettings, shards: Shards, api: Api) -> ASGIApp:
-    """The endpoints, and what only operators ask."""
+def operations(shards: Shards) -> Starlette:
+    """What only operators ask."""
 
     def readiness() -> str | None:
         # A shard that is away takes its own users with it, never the replica.
         return None if shards.is_known else "no shard has answered yet"
 
-    operations = the_rest(operations_routes(readiness))
-    return Exchanges(endpoints(api), operations, settings.trusted_proxies)
+    return the_rest(operations_routes(readiness))

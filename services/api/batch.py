@@ -75,11 +75,19 @@ class Batches(Generic[Item, Result]):
     async def _work(self) -> None:
         try:
             while self._queue:
+                await self._let_arrive()
                 batch = self._next_batch()
                 if batch:
                     await self._do(batch)
         finally:
             self._worker = None
+
+    async def _let_arrive(self) -> None:
+        """Let the loop take in what has arrived already, for as long as that brings more items."""
+        waiting = 0
+        while waiting < len(self._queue) < self._batch_max:
+            waiting = len(self._queue)
+            await asyncio.sleep(0)
 
     def _next_batch(self) -> list[_Waiting[Item, Result]]:
         batch: list[_Waiting[Item, Result]] = []

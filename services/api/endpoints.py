@@ -25,9 +25,6 @@ from shared.answers import CHALLENGE, RETRY_AFTER_OVERLOADED_S
 from shared.board import top_answer
 from shared.token import Claims, TokenVerifier, Unauthorized
 
-BODY_BYTES_MAX = 4096
-"""The longest honest body is a user id of 255 characters, at most 12 bytes each as an escape."""
-
 TOP_FRESH_S = 1
 """For how long a cache may show the board: the specification's CDN, at most a second behind."""
 
@@ -49,11 +46,11 @@ class Api:
     score_increment_max: int
 
 
-def endpoints(api: Api) -> Mapping[str, Endpoint]:
+def endpoints(api: Api) -> Mapping[bytes, Endpoint]:
     """What answers, by path."""
     return {
-        UPDATE: Endpoint(METHODS[UPDATE], partial(update_score, api)),
-        TOP: Endpoint(METHODS[TOP], partial(top_scores, api)),
+        path.encode(): Endpoint(path, tuple(map(str.encode, METHODS[path])), partial(handle, api))
+        for path, handle in ((UPDATE, update_score), (TOP, top_scores))
     }
 
 
@@ -61,7 +58,8 @@ def _unauthorized() -> Refused:
     return Refused(401, "Unauthorized", [(b"www-authenticate", CHALLENGE.encode())])
 
 
-def _overloaded() -> Refused:
+def overloaded() -> Refused:
+    """Too busy to start."""
     return Refused(503, "Service overloaded", [(b"retry-after", b"%d" % RETRY_AFTER_OVERLOADED_S)])
 
 
@@ -72,7 +70,7 @@ def _not_written() -> Refused:
 async def update_score(api: Api, exchange: Exchange) -> Answer:
     """POST /api/scores/update: token, whose token, quota, body, write."""
     claims = _authenticate(api.verifier, exchange)
-    submission = await _read_submission(exchange)
+    submission = _read_submission(exchange)
     if isinstance(submission, Submission) and submission.user_id != claims.subject:
         raise _unauthorized()
     limit = await _spend(exchange, api.update_quota, claims.subject)
@@ -82,7 +80,7 @@ async def update_score(api: Api, exchange: Exchange) -> Answer:
     try:
         outcome = await api.writes.submit(operation)
     except Overloaded:
-        raise _overloaded() from None
+        raise overloaded() from None
     except NotWritten:
         raise _not_written() from None
     if outcome is Refusal.SCORE_TOO_HIGH:
@@ -108,7 +106,7 @@ async def top_scores(api: Api, exchange: Exchange) -> Answer:
     try:
         body = top_answer(await api.top.read())
     except (Overloaded, TopUnavailable):
-        raise _overloaded() from None
+        raise overloaded() from None
     etag = f'"{blake2s(body, digest_size=12).hexdigest()}"'
     cached = f"public, max-age={TOP_FRESH_S}, s-maxage={TOP_FRESH_S}"
     headers = [(b"etag", etag.encode()), (b"cache-control", cached.encode())]
@@ -128,16 +126,15 @@ def _authenticate(verifier: TokenVerifier, exchange: Exchange) -> Claims:
         raise _unauthorized() from None
 
 
-async def _read_submission(exchange: Exchange) -> Submission | Refused:
+def _read_submission(exchange: Exchange) -> Submission | Refused:
     """The body if its ``userId`` can be read, else why not: that costs quota before it is said."""
     media_type = exchange.header(b"content-type", "application/json").partition(";")[0]
     if media_type.strip().lower() != "application/json":
         return Refused(415, "Unsupported media type")
-    body = await exchange.body(BODY_BYTES_MAX)
-    if body is None:
+    if exchange.body is None:
         return Refused(413, "Request body too large")
     try:
-        return read_body(body)
+        return read_body(exchange.body)
     except InvalidBody:
         return Refused(400, "Invalid request body")
 
@@ -163,7 +160,7 @@ async def _counted(counting: Awaitable[Allowance]) -> Allowance:
     try:
         return await counting
     except Overloaded:
-        raise _overloaded() from None
+        raise overloaded() from None
     except (NoOwner, *DATABASE_FAILURES):  # Redis is away, and the shard could not count it.
         raise _not_written() from None
 

@@ -10,12 +10,13 @@ import uvloop
 from starlette.applications import Starlette
 
 from services.api.endpoints import Api, endpoints
-from services.api.exchange import Exchanges, the_rest
+from services.api.exchange import Others, the_rest
 from services.api.schema import SchemaError, unwrapped
 from services.api.shards import Shards
 from services.api.upkeep import Retention, export
 from services.api.writes import Writes
 from services.basic.board import LocalBoard
+from services.basic.bound import bounded
 from services.basic.front import CONNECTIONS_MAX, KEEP_ALIVE_S, Front
 from services.basic.page import page_routes
 from services.basic.quota import LocalQuota, UpdateQuota
@@ -87,9 +88,9 @@ async def serve(settings: BasicSettings, door: socket.socket, operations: socket
             score_increment_max=settings.score_increment_max,
         )
         server = HttpServer(
-            Exchanges(endpoints(api), the_rest(page_routes()), settings.trusted_proxies),
+            Others(the_rest(page_routes()), edge),
             grace_s=GRACE_S,
-            protocol=partial(Front, audience.door),
+            protocol=partial(Front, bounded(endpoints(api)), audience.door),
             keep_alive_s=KEEP_ALIVE_S,
         )
         ending = Ending()
