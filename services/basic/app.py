@@ -7,8 +7,10 @@ from functools import partial
 
 import structlog
 import uvloop
+from prometheus_client import REGISTRY
 from starlette.applications import Starlette
 
+from services.api import metrics as api_metrics
 from services.api.endpoints import Api, endpoints
 from services.api.exchange import Others, the_rest
 from services.api.schema import SchemaError, unwrapped
@@ -41,6 +43,9 @@ OPERATIONS_SHUTDOWN_S = 2
 
 BOARD_AGE_MAX_S = 5.0
 """A board that PostgreSQL has not confirmed for longer is shown, but not called ready."""
+
+OF_REDIS = (api_metrics.REDIS_UP, metrics.FEED_CONNECTED, metrics.CAPS_SHARED)
+"""Metrics that would say that it is away."""
 
 log = structlog.get_logger()
 
@@ -77,6 +82,9 @@ async def serve(settings: BasicSettings, door: socket.socket, operations: socket
         audience = Audience(settings, edge, verifier.verify, files_reserved=reserved)
         board = LocalBoard(shards, audience.publish)
         metrics.BOARD_AGE_S.set_function(lambda: board.age_s)
+        metrics.BOARD_VERSION.set_function(lambda: board.board.version if board.board else 0)
+        for one in OF_REDIS:
+            REGISTRY.unregister(one)
         writes = Writes(shards)
         api = Api(
             verifier=verifier,

@@ -65,6 +65,16 @@ async def test_the_table_is_the_specification_s(basic: Basic) -> None:
     ]
 
 
+async def test_what_operators_are_shown(basic: Basic) -> None:
+    """What both services have, and nothing of a Redis that is not there."""
+    assert await basic.metric("scoreboard_shard_up", shard="0") == 1
+    assert await basic.metric("scoreboard_gateway_board_version") >= 1
+    port = basic.process("basic")["operations_port"]
+    async with basic.client(url=f"http://127.0.0.1:{port}") as operator:
+        shown = (await operator.request("GET", "/metrics")).body
+    assert b"redis_up" not in shown
+
+
 async def test_what_somebody_else_writes_is_on_the_board_as_well(basic: Basic, user: str) -> None:
     """And what was taken away is not: PostgreSQL has the last word."""
     async with basic.live() as socket:
