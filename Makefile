@@ -8,7 +8,7 @@ COMPOSE := docker compose -f docker-compose.scale.yml
 CONTRACT := $(addprefix tests/test_,contract_update.py contract_top.py contract_live.py edge.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos test-deploy test-compose test-compose-chaos compose-up compose-down compose-logs lint bench \
+.PHONY: help up basic down test test-chaos test-deploy test-compose test-compose-chaos compose-up compose-down compose-logs lint bench \
     bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size bench-gateway bench-live bench-crowd bench-basic lock clean
 
 help: ## Show this list
@@ -17,7 +17,10 @@ help: ## Show this list
 up: .venv/ready ## Start the whole cluster in the background, with the board at http://127.0.0.1:8080; or PORT=8081
 	@$(BIN)/scoreboard up --detach --port $(PORT)
 
-down: ## Stop the cluster; the data stays in .scoreboard
+basic: .venv/ready ## Start the basic approach instead: one process and one PostgreSQL; or PORT=8081
+	@$(BIN)/scoreboard basic --detach --port $(PORT)
+
+down: ## Stop either; the data stays in .scoreboard
 	@test -x $(BIN)/scoreboard || { echo "There is no .venv, so nothing runs from it."; exit 1; }
 	@$(BIN)/scoreboard down
 
@@ -40,7 +43,10 @@ compose-up: ## Start the containers, with the board at http://127.0.0.1:8080; or
 	@deploy/make-secrets
 	@$(COMPOSE) up --detach --build --wait --wait-timeout 180 || { deploy/why; exit 1; }
 
-compose-down: ## Stop the containers; the data stays in their volumes
+compose-basic: .venv/ready ## Start the basic approach instead: one process and one PostgreSQL; or PORT=8081
+	@$(BIN)/scoreboard basic --detach --port $(PORT)
+
+down: ## Stop the containers; the data stays in their volumes
 	@$(COMPOSE) down
 
 compose-logs: ## Show and follow the containers' logs

@@ -3,13 +3,15 @@
 import asyncio
 import json
 import re
+import socket
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from services.basic.bound import UNDER_WAY_MAX
-from services.basic.front import RECEIVE_S
+from services.basic.front import CONNECTIONS_MAX, RECEIVE_S, SEND_S
 from tests.cluster import Basic, eventually
 from tests.faults import freeze
 
@@ -34,6 +36,16 @@ class Connection:
             length = re.search(rb"content-length: (\d+)", head.lower())
             body = await self._reader.readexactly(int(length[1]) if length else 0)
         return int(head.split()[1]), body
+
+    async def is_over(self) -> bool:
+        """Whether the server has ended the connection."""
+        try:
+            async with asyncio.timeout(0.5):
+                return await self._reader.read(1) == b""
+        except TimeoutError:
+            return False
+        except ConnectionResetError:
+            return True
 
     async def rest(self) -> bytes:
         """Everything up to the end of the connection."""
@@ -153,6 +165,31 @@ async def test_a_client_that_does_not_get_on_is_not_waited_for(basic: Basic, use
 
     took = await asyncio.gather(*map(seconds_until_the_end, (b"", whole[:40], whole[:-3])))
     assert all(RECEIVE_S - 0.5 < seconds < RECEIVE_S + 3 for seconds in took), took
+
+
+async def test_connections_that_only_wait_make_room(basic: Basic, user: str) -> None:
+    """There may be so many; who comes then is served, and somebody who is idle has to go."""
+    async with AsyncExitStack() as stack:
+        crowd = [
+            await stack.enter_async_context(connected(basic)) for _ in range(CONNECTIONS_MAX + 20)
+        ]
+        crowd[-1].send(update(basic, user))
+        assert score(await crowd[-1].answer()) == 1
+        gone = await asyncio.gather(*(one.is_over() for one in crowd))
+
+    assert 20 <= sum(gone) <= 40
+
+
+@pytest.mark.chaos
+async def test_a_client_that_takes_no_answer_is_not_kept(basic: Basic) -> None:
+    """It goes on asking and reads nothing: in the end the answers have no place to wait."""
+    with socket.create_connection(("127.0.0.1", basic.port)) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        began = time.monotonic()
+        with pytest.raises(OSError, match="Broken pipe|reset"):
+            while time.monotonic() - began < 6 * SEND_S:
+                client.sendall(b"GET /board.js HTTP/1.1\r\nHost: a\r\n\r\n")
+                await asyncio.sleep(0.05)
 
 
 async def test_what_is_too_much_is_refused_at_once(basic: Basic, user: str) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-import shutil
+import re
+import subprocess
 from asyncio.subprocess import DEVNULL
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,21 +20,46 @@ from tests.cluster import COMMAND, Basic, Client, Cluster, Json, eventually, rec
 from tests.load import Load
 from tests.proxies import Proxy, listening
 
+README = Path(__file__).parents[2] / "README.md"
+
 LONG = (pytest.mark.chaos, pytest.mark.timeout(600))
 
 BOARD_S_MAX = 6.0
 """For a cluster to show what PostgreSQL has; Redis is rebuilt each second."""
 
 
+class Way:
+    """The README's commands, one after the other, for these two homes."""
+
+    def __init__(self, basic: Basic, cluster: Cluster) -> None:
+        section = README.read_text().partition("### The way to a cluster")[2]
+        block = section.partition("```sh\n")[2].partition("```")[0]
+        self._lines = iter(block.splitlines())
+        self._places = {
+            ".cluster": str(cluster.home),
+            ".scoreboard": str(basic.home),
+            "8081": str(cluster.port),
+            ".venv/bin/scoreboard": COMMAND,
+        }
+
+    def go(self, upto: str) -> str:
+        """Run them up to the one that has this word; what that one says."""
+        for line in self._lines:
+            word = re.compile("|".join(map(re.escape, sorted(self._places, reverse=True))))
+            done = subprocess.run(
+                ["/bin/sh", "-ec", word.sub(lambda found: self._places[found[0]], line)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, line + done.stderr
+            if upto in line:
+                return done.stdout.strip()
+        raise EOFError(upto)
+
+
 @pytest.fixture
-def target(fresh_basic: Basic, tmp_path: Path) -> Iterator[Cluster]:
-    """A cluster without users, that takes the tokens of the basic installation, which runs."""
-    fresh_basic.up()
-    secrets = tmp_path / "cluster" / "secrets"
-    secrets.mkdir(mode=0o700, parents=True)
-    shutil.copy(fresh_basic.home / "secrets" / "jwt_secret", secrets)
+def target(tmp_path: Path) -> Iterator[Cluster]:
+    """Where the cluster will be; stopped if it was started."""
     cluster = Cluster(tmp_path / "cluster")
-    cluster.up(api=1, gateway=1)
     yield cluster
     cluster.command("down")
 
@@ -45,6 +71,9 @@ async def test_users_are_moved_under_load(
     """Every row, every acknowledged increment, every quota; and the board is the same."""
     chance = random.Random(seed)
     words = [COMMAND, "move", str(fresh_basic.home), "--home", str(target.home)]
+    fresh_basic.up()
+    way = Way(fresh_basic, target)
+    way.go(upto="scoreboard up")
     await write_users(fresh_basic.shard_urls[0], users)
     # What clients are told to speak to.
     async with listening(Proxy(fresh_basic.port)) as place, fresh_basic.client() as old:
@@ -62,9 +91,7 @@ async def test_users_are_moved_under_load(
                 ):  # It was quick: then the next one has nothing to do.
                     killed.kill()
                 await killed.wait()
-            done = await asyncio.to_thread(target.command, "move", str(fresh_basic.home))
-            assert done.returncode == 0, done.stderr
-            print(done.stdout.strip())
+            print(await asyncio.to_thread(way.go, upto="scoreboard move"))
             # Nothing is written any more at the old place, and nothing yet at the new one.
             for table in TABLES:
                 kept, moved = [
@@ -81,7 +108,8 @@ async def test_users_are_moved_under_load(
     await load.assert_exact()
     findings = await audit(target.shard_urls, advanced=lambda: None)
     again = await asyncio.to_thread(target.command, "move", str(fresh_basic.home))
-    restarted = await asyncio.to_thread(restart, fresh_basic)
+    await asyncio.to_thread(way.go, upto="scoreboard down")
+    restarted = fresh_basic.command("basic", "--detach", f"--port={fresh_basic.port}").stderr
 
     assert (findings.users, findings.differences) == (users + 12, [])
     assert replayed.json["newScore"] == 8000
@@ -107,9 +135,3 @@ async def assert_needs_an_empty_cluster(target: Cluster, basic: Basic) -> None:
 async def shows(client: Client, board: list[Json]) -> bool:
     """Whether GET answers this."""
     return await client.top() == board
-
-
-def restart(basic: Basic) -> str:
-    """What it says when it is started again."""
-    basic.down()
-    return basic.command("basic", "--detach", f"--port={basic.port}").stderr

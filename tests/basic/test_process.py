@@ -15,6 +15,7 @@ import websockets
 from services.api.audit import audit
 from services.basic.board import COMPARE_EVERY_S
 from tests.cluster import Basic, Json, eventually, receive_board, receive_until
+from tests.faults import freeze
 from tests.load import Load
 
 SECOND_START_S_MAX = 10.0
@@ -89,13 +90,21 @@ async def test_what_somebody_else_writes_is_on_the_board_as_well(basic: Basic, u
 
 
 async def test_a_restart_forgets_nothing(basic: Basic, user: str) -> None:
-    """Neither scores nor quotas nor keys; it is told to its clients, and the second is quick."""
+    """Neither scores nor quotas nor keys. Clients are told, what is under way ends, and it is quick."""
     async with basic.client() as client:
         for number in range(40):
             assert (await client.post(user, 1, key=str(number))).status == 200
     async with basic.live() as socket:
         board = await receive_board(socket)
-        await asyncio.to_thread(basic.down)
+        async with basic.client() as client:
+            heal = freeze(basic, "postgres-0")
+            under_way = asyncio.create_task(client.post(f"{user}-late", 1))
+            await asyncio.sleep(0.05)
+            ending = asyncio.create_task(asyncio.to_thread(basic.down))
+            await asyncio.sleep(0.2)
+            heal()
+            assert (await under_way).status == 200
+        await ending
         with pytest.raises(websockets.ConnectionClosed):
             await socket.recv()
     began = time.monotonic()
@@ -103,7 +112,10 @@ async def test_a_restart_forgets_nothing(basic: Basic, user: str) -> None:
     took = time.monotonic() - began
     print(f"ready in {took:.1f} s")
     async with basic.client() as client, basic.live() as again:
-        assert await receive_board(again) == board == await client.top()
+        assert board == [
+            row for row in await receive_board(again) if row["userId"] != f"{user}-late"
+        ]
+        assert await client.top()
         replayed = await client.post(user, 1, key="7")
         answers = await asyncio.gather(*(client.post(user) for _ in range(60)))
 
@@ -138,18 +150,28 @@ async def test_what_was_acknowledged_counts_whatever_is_killed(
 
 
 async def test_a_database_that_is_there_already(basic: Basic, tmp_path: Path) -> None:
-    """Is used, and no other is started."""
+    """Is used, and no other is started. A proxy that is named is believed whom it speaks for."""
     url = basic.shard_urls[0]
     await execute(basic, "CREATE DATABASE given")
-    other = Basic(tmp_path / "home", {"DATABASE_URL": url.rpartition("/")[0] + "/given"})
+    given = {
+        "DATABASE_URL": url.rpartition("/")[0] + "/given",
+        "TRUSTED_PROXIES": "127.0.0.0/8",
+        "TOP_RATE_LIMIT": "1/hour",
+    }
+    other = Basic(tmp_path / "home", given)
     try:
         other.up()
         async with other.client() as client:
             assert (await client.post("ana", 5)).json["newScore"] == 5
+            reads = [
+                await client.request("GET", "/api/scores/top", headers={"X-Real-IP": address})
+                for address in ("192.0.2.1", "192.0.2.2", "192.0.2.1")
+            ]
         assert [one["name"] for one in other.status()["processes"]] == ["migrate", "basic"]
         refused = other.command("scale", "api=2")
     finally:
         other.down()
+    assert [read.status for read in reads] == [200, 200, 429]
     assert "is one process" in refused.stderr
 
 
