@@ -43,10 +43,7 @@ compose-up: ## Start the containers, with the board at http://127.0.0.1:8080; or
 	@deploy/make-secrets
 	@$(COMPOSE) up --detach --build --wait --wait-timeout 180 || { deploy/why; exit 1; }
 
-compose-basic: .venv/ready ## Start the basic approach instead: one process and one PostgreSQL; or PORT=8081
-	@$(BIN)/scoreboard basic --detach --port $(PORT)
-
-down: ## Stop the containers; the data stays in their volumes
+compose-down: ## Stop the containers; the data stays in their volumes
 	@$(COMPOSE) down
 
 compose-logs: ## Show and follow the containers' logs

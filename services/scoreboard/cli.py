@@ -579,18 +579,17 @@ def move(home_path: Path, source: Path | None) -> None:
     try ended. A move that fails is undone.
 
     The database is the one of DATABASE_URL, or FROM_HOME's; the cluster's shards and Redis are those
-    of SHARD_URLS and REDIS_URL, or those of --home. Each may be a ..._FILE.
+    of SHARD_URLS and REDIS_URL, or those of --home. Each may be a ..._FILE. For the window of
+    UPDATE_RATE_LIMIT the cluster also counts updates from their operations.
 
     \b
       scoreboard up --detach --home /srv/cluster --port 8081
       scoreboard move /srv/basic --home /srv/cluster
       scoreboard down --home /srv/basic
     """
-    import asyncpg
-    from sqlalchemy.exc import SQLAlchemyError
-
     from services.api.partition import PARTITIONS
     from services.api.schema import SchemaError
+    from services.api.shards import DATABASE_FAILURES
     from services.basic.move import move as move_users
     from services.scoreboard.progress import Steps
     from shared.leaderboard import REDIS_FAILURES
@@ -603,7 +602,7 @@ def move(home_path: Path, source: Path | None) -> None:
                 moved = asyncio.run(move_users(settings, steps.advance))
         except SchemaError as error:
             raise ClusterError(str(error)) from None
-        except (asyncpg.PostgresError, SQLAlchemyError, *REDIS_FAILURES) as error:
+        except (*DATABASE_FAILURES, *REDIS_FAILURES) as error:
             raise ClusterError(f"The move has failed and is undone: {error}") from None
     click.echo(
         f"Moved {moved.users} users and {moved.operations} operations "

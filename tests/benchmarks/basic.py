@@ -9,11 +9,14 @@ import itertools
 import json
 import resource
 import tempfile
+import time
+import urllib.request
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from services.scoreboard.supervisor import STEADY_S
 from tests.benchmarks.live import Phase, percentile, prepare, to_first_ms, to_last_ms, updates
 from tests.benchmarks.live_load import FIRST_NUMBER, Load
 from tests.benchmarks.processes import proportional_bytes
@@ -28,6 +31,9 @@ CLIENTS = 5000
 
 PACES = (("calm", 2.0, 30.0), ("brisk", 20.0, 15.0), ("rush", 50.0, 15.0))
 """Updates a second that each change the board, and for how many seconds."""
+
+KILLS = 3
+"""Each of a process that has been steady: after several in a row the supervisor waits."""
 
 SETTINGS = {"UPDATE_RATE_LIMIT": "1000000000/hour", "HANDSHAKES_PER_SECOND_MAX": "100000"}
 
@@ -96,6 +102,23 @@ async def watch(cluster: Cluster, clients: int) -> dict[str, Any]:
     return report
 
 
+def back_s(basic: Basic) -> list[float]:
+    """From SIGKILL of the process to the next answer, some times."""
+    took = []
+    for _ in range(KILLS):
+        time.sleep(STEADY_S + 1)
+        basic.kill("basic")
+        began = time.monotonic()
+        while True:
+            try:
+                with urllib.request.urlopen(f"{basic.url}/api/scores/top"):
+                    break
+            except OSError:
+                time.sleep(0.01)
+        took.append(time.monotonic() - began)
+    return took
+
+
 def ratio(report: Mapping[str, Any], *path: str) -> float:
     """The basic approach's figure to the cluster's."""
     one, other = report["basic"], report["cluster"]
@@ -124,6 +147,8 @@ def show(report: Mapping[str, Any]) -> None:
             f"  memory {live['memory_before_mib']:.0f} MiB without clients, "
             f"{live['memory_with_clients_mib']:.0f} with, {live['memory_after_mib']:.0f} at the end"
         )
+    took = ", ".join(f"{seconds:.2f}" for seconds in report["basic"]["back_s"])
+    print(f"\nbasic, from SIGKILL to the next answer: {took} s")
     print("\nbasic to cluster")
     for connections in CONNECTIONS:
         print(
@@ -146,10 +171,8 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scoreboard-bench-")))
         folder.chmod(0o755)
-        contenders = {
-            "basic": Basic(folder / "basic", SETTINGS),
-            "cluster": Cluster(folder / "cluster", SETTINGS),
-        }
+        basic = Basic(folder / "basic", SETTINGS)
+        contenders = {"basic": basic, "cluster": Cluster(folder / "cluster", SETTINGS)}
         report: dict[str, Any] = {}
         for name, cluster in contenders.items():
             print(f"Starting: {name}", flush=True)
@@ -161,6 +184,7 @@ def main() -> None:
         for name, cluster in contenders.items():
             print(f"{options.clients} clients: {name}", flush=True)
             report[name]["live"] = asyncio.run(watch(cluster, options.clients))
+        report["basic"]["back_s"] = back_s(basic)
     show(report)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(report, indent=1))
