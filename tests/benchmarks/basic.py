@@ -10,11 +10,12 @@ import json
 import resource
 import tempfile
 import time
-import urllib.request
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import httpx2 as httpx
 
 from services.scoreboard.supervisor import STEADY_S
 from tests.benchmarks.live import Phase, percentile, prepare, to_first_ms, to_last_ms, updates
@@ -111,9 +112,9 @@ def back_s(basic: Basic) -> list[float]:
         began = time.monotonic()
         while True:
             try:
-                with urllib.request.urlopen(f"{basic.url}/api/scores/top"):
-                    break
-            except OSError:
+                httpx.get(f"{basic.url}/api/scores/top")
+                break
+            except httpx.TransportError:
                 time.sleep(0.01)
         took.append(time.monotonic() - began)
     return took
