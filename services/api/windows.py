@@ -12,7 +12,7 @@ from limits import RateLimitItem
 from services.api.allowance import Allowance
 
 CLIENTS_MAX = 100_000
-"""Clients remembered: at 100 requests each 90 MB. Past that, whoever has asked for nothing for the
+"""Clients remembered: 26 MB, and 106 at 100 requests each. Past that, whoever has asked for nothing for the
 longest is forgotten."""
 
 

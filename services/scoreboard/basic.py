@@ -25,7 +25,6 @@ class Basic(Installation):
         if any(name in os.environ for name in DATABASE_VARIABLES):
             url = database_url(os.environ)
         else:
-            one_shard(self._home)
             postgres = Postgres(postgres_binaries(os.environ), self._home)
             shard_port = self._port()
             url = postgres.url(shard_port)
@@ -57,10 +56,7 @@ class Basic(Installation):
         )
 
     def _environ(self) -> dict[str, str]:
-        ours = super()._environ()
-        for name in DATABASE_VARIABLES:
-            ours.pop(name, None)
-        return ours | {"DATABASE_URL_FILE": str(self._home.secrets / "shard_urls")}
+        return super()._environ() | {"DATABASE_URL_FILE": str(self._home.secrets / "shard_urls")}
 
 
 def one_shard(home: Home) -> None:
@@ -84,6 +80,7 @@ def database_url(environ: Mapping[str, str]) -> str:
     Raises:
         ClusterError: If that is none.
     """
+    # Here, as below, because nothing else of the command needs them: they take a while.
     from services.basic.settings import DatabaseSettings
     from shared.settings import SettingsError
 

@@ -198,7 +198,8 @@ def basic(home_path: Path, detach: bool, port: int, greet: bool) -> None:
     """Start the basic approach: one process and one PostgreSQL, and wait until it is ready.
 
     Clients cannot tell it from a cluster. It is restarted when it dies. Without --detach it runs until
-    Ctrl-C. The data stays in --home, or in the database that DATABASE_URL names, and so do the secrets.
+    Ctrl-C. The data stays in --home, or in the database that DATABASE_URL names; the secrets stay in
+    --home, and are made on first use.
 
     \b
       scoreboard basic

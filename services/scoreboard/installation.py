@@ -35,7 +35,8 @@ FILES_MAX = 65536
 """A WebSocket takes one in its gateway and two in Nginx; many systems give 1024 unless asked."""
 
 SERVICE_VARIABLES = (
-    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "REDIS_URL", "DRAIN_SECONDS", *BINARY_VARIABLES,
+    "HOST", "PORT", "OPERATIONS_PORT", "SHARD_URLS", "DATABASE_URL", "REDIS_URL", "DRAIN_SECONDS",
+    *BINARY_VARIABLES,
 )  # fmt: skip
 """Set for each service here; the user's own, and their ``*_FILE`` twins, are for another cluster."""
 
