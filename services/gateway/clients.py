@@ -1,17 +1,17 @@
 """All connections: who is shown what, and who is closed when and why.
 
 A broadcast is one ``send`` a client, and everything else here exists to keep it that way. The frame
-is built once and its bytes are shared. A client has one slot, and the slot holds no message: it
-only says which board the client was shown last. So a client that cannot keep up is passed over, and
-is shown the newest board once it can be, never an older one after it. A queue a client would hold
+is built once and its bytes are shared. There is no queue of boards, only two sets of clients: those
+who have the newest board and those who wait for it. One who cannot take it is in neither, and is
+shown the newest board once it can be, never an older one after it. A queue a client would hold
 boards nobody wants to see any more, and would need a limit and a second way to fall behind.
 
 Nothing here waits for a client. The socket is written to as long as the kernel takes the bytes;
 when it stops, the transport keeps the rest of that one frame and says so (``pause_writing``).
 
-A pass touches as little of a client as it can: memory that nobody looked at since the pass before
-costs as much as the system call leaves. So the frame is written straight to the file, past picows
-and the transport, which have nothing of the client's in hand unless it is paused.
+A pass touches nothing of a client: memory that nobody looked at since the pass before is not in the
+cache. So the frame is written straight to the file, by its number, past picows and the transport,
+which have nothing of the client's in hand unless it is paused.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ import random
 import zlib
 from contextlib import suppress
 from enum import IntEnum
+from itertools import islice
 from typing import Protocol, cast
 
 from picows import WSCloseCode, WSFrame, WSListener, WSMsgType, WSTransport
@@ -53,10 +54,10 @@ DRAIN_STEP_S = 0.1
 DRAIN_LATE_MAX = 1.25
 """Times the window, on a machine too busy to keep the pace; whoever is left then is closed at once."""
 
-REST_S_MAX = 0.1
-"""After a pass the gateway rests for as long as it took, up to this. Whoever is behind us has the
-same boards to carry, often on the same processors: passes without a pause filled Nginx's buffers
-with boards that grew old there."""
+REST, REST_S_MAX = 2.0, 0.1
+"""After a pass the gateway rests for so many times as long as it took, up to so many seconds. Whoever
+is behind us has the same boards to carry, Nginx and the clients, often on the same processors: with
+less rest boards grew old in Nginx's buffers."""
 
 TEXT, COMPRESSED = 0x81, 0x40
 """First byte of a frame that is a whole text message, and the bit of compression in it."""
@@ -88,13 +89,17 @@ class Shown(Counted, Timed, Protocol):
     """A connection of either kind, as :class:`Clients` needs it.
 
     Attributes:
+        file: The number of its open file.
+        shown: The board it had when it was last passed over.
         paused_at: Since when it takes nothing; None while it does.
     """
 
+    file: int
+    shown: bytes | None
     paused_at: float | None
 
-    def show(self) -> bool:
-        """Send the newest board, unless it has it or cannot take it now."""
+    def send(self, data: bytes) -> None:
+        """Have the transport send it; whatever the kernel does not take pauses the client."""
 
     def check(self, now: float) -> None:
         """Do what is due by now."""
@@ -111,7 +116,8 @@ class Client(WSListener):
         address: The client's.
         counted: Whether it counts against the caps.
         expires_at: When the token expires, on the loop's clock.
-        shown: The frame last sent.
+        file: The number of its open file.
+        shown: The board it had when it was last passed over.
         paused_at: Since when the client takes nothing; None while it does.
         slot: The wheel's.
     """
@@ -121,13 +127,13 @@ class Client(WSListener):
         "_close_by",
         "_control_frames",
         "_control_second",
-        "_file",
         "_heard",
         "_ping_at",
         "_transport",
         "address",
         "counted",
         "expires_at",
+        "file",
         "paused_at",
         "shown",
         "slot",
@@ -135,7 +141,6 @@ class Client(WSListener):
     )
 
     _transport: WSTransport
-    _file: int
 
     def __init__(self, clients: "Clients", subject: str, address: str, expires_at: float) -> None:
         self._clients = clients
@@ -143,6 +148,7 @@ class Client(WSListener):
         self.address = address
         self.counted = False
         self.expires_at = expires_at
+        self.file = -1
         self.shown: bytes | None = None
         self.paused_at: float | None = None
         self.slot = 0
@@ -160,13 +166,13 @@ class Client(WSListener):
         # Tell of the first byte the kernel does not take, and again when it has taken the last:
         # then at most one board waits here.
         transport.underlying_transport.set_write_buffer_limits(high=0, low=0)
-        self._file = transport.underlying_transport.get_extra_info("socket").fileno()
+        self.file = transport.underlying_transport.get_extra_info("socket").fileno()
         now = self._clients.now()
         # Clients that came together, after a restart, are not pinged together.
         self._ping_at = now + random.uniform(0.5, 1.0) * PING_EVERY_S  # noqa: S311
         if self._clients.join(self):
-            metrics.FRAMES_SENT.inc(self.show())
             self._clients.wheel.put(self, self._due())
+            self._clients.serve(self)
         else:
             self.refuse()
 
@@ -217,6 +223,7 @@ class Client(WSListener):
     def pause_writing(self) -> None:
         self.paused_at = self._clients.now()
         self._clients.stalled += 1
+        self._clients.pass_over(self)
         if self._close_by is None:
             self._clients.wheel.put(self, self._due())
 
@@ -224,23 +231,12 @@ class Client(WSListener):
         self.paused_at = None
         self._clients.stalled -= 1
         self._heard = True  # taking what was sent is as good as a pong
-        metrics.FRAMES_SENT.inc(self.show())
+        if self._close_by is None:
+            self._clients.serve(self)
 
-    def show(self) -> bool:
-        """Send the newest board, unless the client has it or cannot take it now."""
-        newest = self._clients.newest
-        if newest is None or newest is self.shown:
-            return False
-        if self._close_by is not None or self.paused_at is not None:
-            return False
-        self.shown = newest
-        try:
-            sent = os.write(self._file, newest)
-        except OSError:  # The kernel takes nothing, or the client is gone: the transport will see.
-            sent = 0
-        if sent < len(newest):
-            self._transport.underlying_transport.write(newest[sent:])
-        return True
+    def send(self, data: bytes) -> None:
+        """Have the transport send it."""
+        self._transport.underlying_transport.write(data)
 
     def refuse(self) -> None:
         """Its user or its address has too many."""
@@ -253,6 +249,7 @@ class Client(WSListener):
             self._send_close(code, reason)
 
     def _send_close(self, code: int, reason: str) -> None:
+        self._clients.pass_over(self)
         self._close_by = self._clients.now() + CLOSE_TIMEOUT_S
         # picows takes any number here; its type names the registered ones only.
         self._transport.send_close(cast("WSCloseCode", int(code)), reason)
@@ -320,8 +317,11 @@ class Clients:
         self.newest: bytes | None = None
         self.stalled = 0
         self.draining = False
-        # In the order in which they came, which is about the order of what the kernel has of them.
         self._open: dict[Shown, None] = {}
+        # By the number of their files, in the order in which they came, which is about the order of
+        # what the kernel has of them.
+        self._waiting: dict[int, Shown] = {}
+        self._served: dict[int, Shown] = {}
         self._newer = asyncio.Event()
         self._left = asyncio.Event()
 
@@ -336,41 +336,79 @@ class Clients:
     def leave(self, client: Shown) -> None:
         """Forget the client."""
         self._open.pop(client, None)
+        self.pass_over(client)
         self._caps.leave(client)
         if client.paused_at is not None:
             self.stalled -= 1
         self.wheel.drop(client)
         self._left.set()
 
+    def serve(self, client: Shown) -> None:
+        """Show the client the newest board, unless it has it, and from now on every newer one."""
+        self._served[client.file] = client
+        if self.newest is not None and client.shown is not self.newest:
+            metrics.FRAMES_SENT.inc()
+            client.send(self.newest)
+
+    def pass_over(self, client: Shown) -> None:
+        """Show the client nothing more: it can take nothing, or is about to go."""
+        if self._served.get(client.file) is client:
+            del self._served[client.file]
+            client.shown = self.newest
+        elif self._waiting.get(client.file) is client:
+            del self._waiting[client.file]
+            client.shown = None
+
     def publish(self, newest: bytes) -> None:
         """Show this to everyone, soon. Only ever called with a newer board."""
         self.newest = newest
+        # Who waits already has waited for longest.
+        self._waiting |= self._served
+        self._served = {}
         self._newer.set()
 
     async def broadcast(self) -> None:
         """Serve the publications, in slices, so that a handshake never waits for a whole pass.
 
-        A board that comes during a pass is what the rest of the pass shows, and the next pass
-        skips those who have it.
+        A board that comes during a pass is what the rest of the pass shows; who had the one before
+        waits for the next.
         """
         while True:
             await self._newer.wait()
-            self._newer.clear()
-            begun = self.now()
-            clients = tuple(self._open)
-            for start in range(0, len(clients), SLICE):
-                sent = skipped = 0
-                for client in clients[start : start + SLICE]:
-                    if client.show():
-                        sent += 1
-                    elif client.paused_at is not None:
-                        skipped += 1
-                metrics.FRAMES_SENT.inc(sent)
-                metrics.FRAMES_SKIPPED.inc(skipped)
+            begun, left = self.now(), len(self._waiting)
+            while self._waiting and left > 0:
+                left -= self._show_some()
                 await asyncio.sleep(0)
+            if not self._waiting:
+                self._newer.clear()
+            metrics.FRAMES_SKIPPED.inc(self.stalled)
             seconds = self.now() - begun
             self._pass_seconds.observe(seconds)
-            await asyncio.sleep(min(seconds, REST_S_MAX))
+            await asyncio.sleep(min(REST * seconds, REST_S_MAX))
+
+    def _show_some(self) -> int:
+        """Show the newest board to the next of those who wait; returns to how many."""
+        newest = self.newest
+        assert newest is not None  # noqa: S101 - nobody waits for none
+        length, write = len(newest), os.write
+        files = list(islice(self._waiting, SLICE))
+        short = []
+        for file in files:
+            try:
+                sent = write(file, newest)
+            except (
+                OSError
+            ):  # The kernel takes nothing, or the client is gone: the transport will see.
+                sent = 0
+            if sent != length:
+                short.append((file, sent))
+        waiting, served = self._waiting, self._served
+        for file in files:
+            served[file] = waiting.pop(file)
+        for file, sent in short:
+            served[file].send(newest[sent:])
+        metrics.FRAMES_SENT.inc(len(files))
+        return len(files)
 
     async def keep_time(self) -> None:
         """Turn the wheel."""

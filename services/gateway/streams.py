@@ -34,7 +34,8 @@ class EventStream(asyncio.Protocol):
         address: The client's.
         counted: Whether it counts against the caps.
         expires_at: When the token expires, on the loop's clock.
-        shown: The event last sent.
+        file: The number of its open file.
+        shown: The board it had when it was last passed over.
         paused_at: Since when the client takes nothing; None while it does.
         slot: The wheel's.
     """
@@ -47,6 +48,7 @@ class EventStream(asyncio.Protocol):
         "address",
         "counted",
         "expires_at",
+        "file",
         "paused_at",
         "shown",
         "slot",
@@ -61,6 +63,7 @@ class EventStream(asyncio.Protocol):
         self.address = address
         self.counted = False
         self.expires_at = expires_at
+        self.file = -1
         self.shown: bytes | None = None
         self.paused_at: float | None = None
         self.slot = 0
@@ -78,8 +81,9 @@ class EventStream(asyncio.Protocol):
         # As a WebSocket's: at most one board waits here.
         transport.set_write_buffer_limits(high=0, low=0)
         self._heartbeat_at = self._clients.now() + random.uniform(0.5, 1) * PING_EVERY_S  # noqa: S311
-        metrics.FRAMES_SENT.inc(self.show())
+        self.file = sock.fileno()
         self._clients.wheel.put(self, self._due())
+        self._clients.serve(self)
 
     def data_received(self, data: bytes) -> None:
         """A client has nothing to say after its request."""
@@ -92,22 +96,19 @@ class EventStream(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.paused_at = self._clients.now()
         self._clients.stalled += 1
+        self._clients.pass_over(self)
         if not self._ended:
             self._clients.wheel.put(self, self._due())
 
     def resume_writing(self) -> None:
         self.paused_at = None
         self._clients.stalled -= 1
-        metrics.FRAMES_SENT.inc(self.show())
+        if not self._ended:
+            self._clients.serve(self)
 
-    def show(self) -> bool:
-        """Send the newest board, unless the client has it or cannot take it now."""
-        newest = self._clients.newest
-        if newest is None or newest is self.shown or self._ended or self.paused_at is not None:
-            return False
-        self.shown = newest
-        self._transport.write(newest)
-        return True
+    def send(self, data: bytes) -> None:
+        """Have the transport send it."""
+        self._transport.write(data)
 
     def refuse(self) -> None:
         """Its user or its address has too many."""
@@ -118,6 +119,7 @@ class EventStream(asyncio.Protocol):
         if self._ended:
             return
         self._ended = True
+        self._clients.pass_over(self)
         metrics.CLOSES.labels(int(code)).inc()
         if self.paused_at is None:
             self._transport.write(b": %b\n%b" % (reason.encode(), _retry()))
