@@ -64,9 +64,9 @@ def target(tmp_path: Path) -> Iterator[Cluster]:
     cluster.command("down")
 
 
-@pytest.mark.parametrize("users", [2_000, pytest.param(100_000, marks=LONG)])
+@pytest.mark.parametrize(("users", "kills"), [(2_000, 1), pytest.param(100_000, 3, marks=LONG)])
 async def test_users_are_moved_under_load(
-    fresh_basic: Basic, target: Cluster, user: str, seed: int, users: int
+    fresh_basic: Basic, target: Cluster, user: str, seed: int, users: int, kills: int
 ) -> None:
     """Every row, every acknowledged increment, every quota; and the board is the same."""
     chance = random.Random(seed)
@@ -81,7 +81,7 @@ async def test_users_are_moved_under_load(
         await assert_needs_an_empty_cluster(target, fresh_basic)
         load = Load(target, [f"http://127.0.0.1:{place.port}"])
         async with load.running(f"{user}-load", users=10, pause_s=0.1):
-            for _ in range(2):
+            for _ in range(kills):
                 killed = await asyncio.create_subprocess_exec(
                     *words, stderr=DEVNULL, stdout=DEVNULL
                 )

@@ -127,7 +127,7 @@ async def test_a_restart_forgets_nothing(basic: Basic, user: str) -> None:
     assert max(answer.json.get("newScore", 0) for answer in answers) == 99
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=LONG)])
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=LONG)])
 async def test_what_was_acknowledged_counts_whatever_is_killed(
     basic: Basic, user: str, seed: int, kills: int
 ) -> None:
