@@ -86,6 +86,8 @@ class Front(Connection):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Tell of the first byte the kernel does not take: closing, too, waits for it to be taken.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > CONNECTIONS_MAX:
             others = (one for one in self.connections if isinstance(one, Front) and one is not self)
             next((one for one in others if not one._is_busy()), self).transport.abort()
