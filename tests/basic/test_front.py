@@ -180,19 +180,24 @@ async def test_connections_that_only_wait_make_room(basic: Basic, user: str) -> 
     assert 20 <= sum(gone) <= 40
 
 
+def open_files(pid: int) -> int:
+    """How many a process has."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 @pytest.mark.chaos
 async def test_a_client_that_takes_no_answer_is_not_kept(basic: Basic) -> None:
     """It goes on asking and reads nothing: in the end the answers have no place to wait."""
-    files = Path(f"/proc/{basic.process('basic')['pid']}/fd")
+    pid = basic.process("basic")["pid"]
     with socket.create_connection(("127.0.0.1", basic.port)) as client:
         await asyncio.sleep(0.5)  # until it is accepted
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connected = len(list(files.iterdir()))
+        connected = open_files(pid)
         for _ in range(20):
             client.sendall(b"GET /board.js HTTP/1.1\r\nHost: a\r\n\r\n")
             await asyncio.sleep(0.05)
         await eventually(
-            lambda: len(list(files.iterdir())) < connected,
+            lambda: open_files(pid) < connected,
             within_s=SEND_S + 3,
             what="the connection has ended",
         )
