@@ -39,9 +39,13 @@ test-compose-chaos: .venv/ready ## Scale, roll out and break the containers unde
 	@$(BIN)/python -m tests.compose.build
 	@$(BIN)/pytest --cluster=compose -m "chaos and compose" -s tests/compose
 
+# Compose stops whatever has changed before it starts the first of the new: where replicas serve already, what is
+# wrong with the settings has to be found before that.
 compose-up: ## Start the containers, with the board at http://127.0.0.1:8080; or SCOREBOARD_PORT=8081
 	@deploy/make-secrets
-	@$(COMPOSE) up --detach --build --wait --wait-timeout 180 || { deploy/why; exit 1; }
+	@$(COMPOSE) build --quiet
+	@test -z "$$($(COMPOSE) ps --quiet api)" || $(COMPOSE) run --rm --no-deps -T migrate
+	@$(COMPOSE) up --detach --wait --wait-timeout 180 || { deploy/why; exit 1; }
 
 compose-down: ## Stop the containers; the data stays in their volumes
 	@$(COMPOSE) down

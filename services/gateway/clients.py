@@ -54,7 +54,7 @@ DRAIN_STEP_S = 0.1
 DRAIN_LATE_MAX = 1.25
 """Times the window, on a machine too busy to keep the pace; whoever is left then is closed at once."""
 
-REST, REST_S_MAX = 2.0, 0.1
+REST, REST_S_MAX = 3.0, 0.1
 """After a pass the gateway rests for so many times as long as it took, up to so many seconds. Whoever
 is behind us has the same boards to carry, Nginx and the clients, often on the same processors: with
 less rest boards grew old in Nginx's buffers."""

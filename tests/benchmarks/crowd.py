@@ -55,7 +55,8 @@ class Step:
         load_cpu: The same.
     """
 
-    problems: Counter[str]
+    # No Counter: `asdict` would count its pairs.
+    problems: dict[str, int]
     spread: Spread
     last_max_ms: float
     frames: int
@@ -73,19 +74,18 @@ def socket_kib() -> int:
     return int(words[words.index("mem") + 1]) * resource.getpagesize() // 1024
 
 
-def problems(seen: Seen, clients: int, boards: int) -> Counter[str]:
+def problems(seen: Seen, clients: int, boards: int) -> dict[str, int]:
     """What was not as it should be: everyone has every board while connected, and stays."""
-    return Counter(
-        {
-            "boards missed": seen.missed,
-            "older boards after newer ones": seen.backwards,
-            "left without a board that others had had for a second": seen.left_behind,
-            "connections cut": sum(seen.closed.values()),
-            "clients not there": clients - sum(seen.holding.values()) - seen.opening,
-            # Who comes while a board is on its way has it from the start, who leaves has it not.
-            "frames too few": clients * boards - seen.frames - seen.missed - 2 * seen.joined,
-        }
-    )
+    counts = {
+        "boards missed": seen.missed,
+        "older boards after newer ones": seen.backwards,
+        "left without a board that others had had for a second": seen.left_behind,
+        "connections cut": sum(seen.closed.values()),
+        "clients not there": clients - sum(seen.holding.values()) - seen.opening,
+        # Who comes while a board is on its way has it from the start, who leaves has it not.
+        "frames too few": clients * boards - seen.frames - seen.missed - 2 * seen.joined,
+    }
+    return {name: count for name, count in counts.items() if count > 0}
 
 
 async def step(gateways: Ours, load: Load, first: int, boards: int, clients: int) -> Step:
@@ -144,7 +144,7 @@ async def measure(folder: Path, clients: int, seconds: float) -> dict[str, objec
                 f"{number - FIRST_NUMBER - 1:6}{done.spread.first_ms:10.1f}"
                 f"{done.spread.median_ms:8.0f}{done.spread.last_ms:8.0f}{done.last_max_ms:9.0f}"
                 f"{done.joined:8}{done.gateways_kib / 1024:14.0f}{done.kernel_kib / 1024:13.0f}"
-                f"{done.gateways_cpu:7.2f}{done.load_cpu:13.2f}  {dict(+done.problems) or ''}",
+                f"{done.gateways_cpu:7.2f}{done.load_cpu:13.2f}  {done.problems or ''}",
                 flush=True,
             )
     return {
@@ -157,7 +157,7 @@ async def measure(folder: Path, clients: int, seconds: float) -> dict[str, objec
         "last_max_ms": max(done.last_max_ms for done in steps),
         "kib_per_client": (steps[-1].gateways_kib - empty_kib) / clients,
         "growth": steps[-1].gateways_kib / steps[0].gateways_kib - 1,
-        "problems": sum((+done.problems for done in steps), Counter[str]()),
+        "problems": sum((Counter(done.problems) for done in steps), Counter[str]()),
         "steps": [asdict(done) for done in steps],
     }
 

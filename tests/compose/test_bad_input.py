@@ -112,3 +112,16 @@ async def test_a_shard_of_a_later_version_is_named(other: Stack) -> None:
     assert "Shard 1 of SHARD_URLS has a schema revision that this version does not know" in said
     (api,) = other.containers("api")
     assert (api["State"]["Health"]["Status"], api["RestartCount"]) == ("healthy", 0)
+
+
+def test_a_wrong_setting_does_not_stop_what_runs(other: Stack) -> None:
+    """Compose would, before it starts the first new replica: `make compose-up` looks before."""
+    other.up(api=1, gateway=1)
+    before = {one["Id"]: one["State"]["StartedAt"] for one in other.containers()}
+    with changed(other.settings, "SCOREBOARD_QUOTA=5/hour\n"):
+        done = subprocess.run(["make", "compose-up"], cwd=ROOT, env=other.environ,
+                              capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode != 0
+    assert "SCOREBOARD_QUOTA is not a setting of this version." in done.stderr
+    after = {one["Id"]: one["State"]["StartedAt"] for one in other.containers()}
+    assert after == before

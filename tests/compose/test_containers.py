@@ -9,17 +9,30 @@ import httpx2 as httpx
 import pytest
 import yaml
 
+from services.api.app import GRACE_S
+from services.api.writes import DEADLINE_S
+from services.gateway.clients import CLOSE_TIMEOUT_S
+from services.gateway.settings import GatewaySettings
+from services.gateway.wheel import TICK_S
 from tests.cluster import Json, eventually
-from tests.compose.build import COMPOSE_FILE, OFFICIAL
+from tests.compose.build import COMPOSE_FILE, OFFICIAL, ROOT
 from tests.compose.stack import Stack
 from tests.monitoring.prometheus import Prometheus
 
 pytestmark = pytest.mark.compose
 
+DOCKERFILE = ROOT / "deploy/Dockerfile"
+
 IMAGE_BYTES_MAX = 90_000_000
 """Of the project's image over its base."""
 
+HEALTHY_SECONDS_MAX = 60
+"""From `up` to all healthy, once the images are there."""
+
 FOUND_SECONDS_MAX = 15
+SPARE_S = 5
+"""To start and to end a drain, on a busy machine."""
+
 METRICS_PORTS = {"api": 8000, "gateway": 8001}
 
 FROM_ANOTHER_ADDRESS = """
@@ -36,17 +49,23 @@ print(dict(answers))
 """
 
 
-def test_the_defaults_are_the_official_images() -> None:
-    """Those that the stand-ins stand in for."""
-    text = COMPOSE_FILE.read_text()
-    assert {
-        name: re.findall(rf"\$\{{{name}:-([^}}]+)\}}", text)[0] for name in OFFICIAL
-    } == OFFICIAL
+def test_every_image_can_be_set_and_is_the_official_one_unless_it_is() -> None:
+    """The one that a stand-in stands in for; and the base of our own is a build argument."""
+    services: Json = yaml.safe_load(COMPOSE_FILE.read_text())["services"]
+    images = {one["image"] for one in services.values()}
+    images |= {one["build"]["args"]["PYTHON_IMAGE"] for one in services.values() if "build" in one}
+    defaults = dict(re.findall(r"^\$\{(\w+):-([^}]+)\}$", "\n".join(images), re.MULTILINE))
+    assert len(defaults) == len(images)
+    assert defaults == OFFICIAL | {"SCOREBOARD_IMAGE": "scoreboard:latest"}
+    dockerfile = DOCKERFILE.read_text()
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {"${PYTHON_IMAGE}"}
+    assert f"ARG PYTHON_IMAGE={OFFICIAL['PYTHON_IMAGE']}\n" in dockerfile
 
 
 def test_every_container_is_healthy(stack: Stack) -> None:
-    """And the migration has ended well. How long that took is printed."""
+    """Within a minute of `up`, and the migration has ended well."""
     print(f"all healthy {stack.up_s:.1f} s after `up`")
+    assert stack.up_s <= HEALTHY_SECONDS_MAX
     states = {one["Config"]["Labels"]["com.docker.compose.service"]: one["State"]
               for one in stack.containers()}  # fmt: skip
     assert states.pop("migrate")["ExitCode"] == 0
@@ -114,6 +133,10 @@ def test_no_secret_is_seen(stack: Stack) -> None:
     found = [(where, name) for where, text in seen.items()
              for name, secret in secrets.items() if secret in text]  # fmt: skip
     assert found == []
+    # A tar of tars, none of them compressed.
+    layers = subprocess.run(["docker", "save", image], capture_output=True, check=True).stdout
+    assert b"services/api/app.py" in layers
+    assert [name for name, secret in secrets.items() if secret.encode() in layers] == []
     mode = (stack.folder / "secrets").stat().st_mode
     assert mode & 0o077 == 0
 
@@ -126,6 +149,7 @@ def test_the_image_is_small_and_can_build_nothing(stack: Stack) -> None:
     print(f"{(sizes[0] - sizes[1]) / 1e6:.0f} MB over the base")
     assert sizes[0] - sizes[1] <= IMAGE_BYTES_MAX
     api = stack.containers("api")[0]["Id"]
+    assert stack.docker("exec", api, "ls", "-A", "/opt/scoreboard/app") == "services\nshared"
     for program in ("pip", "pip3", "cc", "gcc", "make"):
         assert stack.docker("exec", api, "sh", "-c", f"command -v {program}", check=False) == ""
     with pytest.raises(AssertionError, match="No module named pip"):
@@ -177,8 +201,17 @@ async def test_prometheus_finds_every_replica(stack: Stack) -> None:
 
 
 def test_the_file_says_what_it_runs_on() -> None:
-    """Every service is restarted, bounded, and stopped with patience; only one-shots are not."""
+    """Every service is restarted and bounded, only one-shots are not; none is cut while it drains."""
     services: Json = yaml.safe_load(COMPOSE_FILE.read_text())["services"]
+    drains = {
+        "api": GRACE_S + DEADLINE_S,
+        "gateway": GatewaySettings.model_fields["drain_seconds"].default
+        + CLOSE_TIMEOUT_S
+        + 2 * TICK_S,
+    }
+    for name, drain_s in drains.items():
+        (grace_s,) = re.findall(r"(\d+)s\b", services[name]["stop_grace_period"])
+        assert int(grace_s) >= drain_s + SPARE_S, name
     for name, service in services.items():
         assert service["restart"] == ("no" if name == "migrate" else "unless-stopped"), name
         assert "memory" in service["deploy"]["resources"]["limits"], name

@@ -103,7 +103,9 @@ async def test_a_killed_container_is_back_with_up(stack: Stack, user: str, servi
     before = stack.containers(service)[0]
     async with loaded(stack, user) as load:
         stack.docker("kill", before["Id"])
-        await asyncio.sleep(2)
+        await asyncio.sleep(AWAY_S)
+        (left,) = [one for one in stack.containers(service) if one["Id"] == before["Id"]]
+        assert left["State"]["Status"] == "exited"
         await asyncio.to_thread(stack.up, api=2, gateway=2)
         await eventually(lambda: is_well(stack, before), what=f"{service} is back")
     check_promise(service, load)

@@ -26,15 +26,15 @@ class Watchers:
     Clients that watch until the block ends.
 
     Attributes:
-        closed: Connections that the other side ended, by close code; 1006 is none at all.
-        refused: Handshakes that failed.
+        closed: Connections that ended, by close code: 1006 is none at all, 1000 left by itself.
+        refused: Handshakes that failed, by why.
         messages: Boards received, by all of them.
     """
 
     def __init__(self, scoreboard: Scoreboard) -> None:
         self._scoreboard = scoreboard
         self._turn = asyncio.Semaphore(AT_ONCE)
-        self.connected = 0
+        self._sockets: set[websockets.ClientConnection] = set()
         self.closed: Counter[int] = Counter()
         self.refused: Counter[str] = Counter()
         self.messages = 0
@@ -56,6 +56,16 @@ class Watchers:
                 for client in clients:
                     client.cancel()
 
+    @property
+    def connected(self) -> int:
+        """How many watch now."""
+        return len(self._sockets)
+
+    async def leave(self, count: int) -> None:
+        """Have so many leave; they come back like those who were sent away."""
+        leaving = list(self._sockets)[:count]
+        await asyncio.gather(*(socket.close() for socket in leaving))
+
     async def _client(self, token: str) -> None:
         url = f"ws://127.0.0.1:{self._scoreboard.port}/scores/live?token={token}"
         while True:
@@ -66,17 +76,17 @@ class Watchers:
                     )
                     await socket.recv()
             except (OSError, TimeoutError, websockets.WebSocketException) as error:
-                self.refused[type(error).__name__] += 1
+                self.refused[str(error)] += 1
                 await asyncio.sleep(random.uniform(0, JITTER_S))
                 continue
-            self.connected += 1
+            self._sockets.add(socket)
             try:
                 async for _ in socket:
                     self.messages += 1
             except websockets.ConnectionClosed:
                 pass
             finally:
-                self.connected -= 1
+                self._sockets.discard(socket)
                 socket.transport.abort()
             self.closed[socket.close_code or 1006] += 1
             await asyncio.sleep(random.uniform(0, JITTER_S))

@@ -19,6 +19,9 @@ _SELECTOR = re.compile(r"\{[^}]*\}")
 _RANGE = re.compile(r"\[[^\]]*\]")
 _LABELS = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
 _NAME = re.compile(r"(?<![\w:$])[a-zA-Z_:][\w:]*(?!\s*\()(?![\w:])")
+_LABEL_VALUES = re.compile(r"^label_values\((.+), \w+\)$")
+"""What Grafana offers as values of a variable: the label of these series."""
+
 _WORDS = {"and", "or", "unless", "bool", "offset"}
 
 
@@ -60,6 +63,9 @@ def dashboard_queries() -> Iterator[Query]:
         for panel in dashboard["panels"]:
             for target in panel["targets"]:
                 yield Query(f"{path.name}: {panel['title']}", target["expr"])
+        for variable in dashboard["templating"]["list"]:
+            (series,) = _LABEL_VALUES.findall(variable["query"]["query"])
+            yield Query(f"{path.name}: ${variable['name']}", series)
 
 
 def rule_queries() -> Iterator[Query]:

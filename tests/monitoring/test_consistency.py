@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -89,18 +90,40 @@ def test_the_runbook_has_no_other_alert() -> None:
     assert set(re.findall(r"^## (\w+)$", RUNBOOK, re.MULTILINE)) == set(alerts())
 
 
-@pytest.mark.parametrize("name", alerts())
-def test_every_alert_has_a_case_in_which_it_fires(name: str) -> None:
-    """Of `promtool test rules`; those in which it stays quiet are about all of them at once."""
-    cases = [
+def cases() -> list[dict[str, Any]]:
+    """What `promtool test rules` is given."""
+    return [
         case
         for path in (ROOT / "tests/monitoring").glob("alerts*.yml")
-        for group in yaml.safe_load(path.read_text())["tests"]
-        for case in group["promql_expr_test"]
+        for case in yaml.safe_load(path.read_text())["tests"]
     ]
-    about = [case for case in cases if f'alertname="{name}"' in case["expr"]]
-    assert any(case["exp_samples"] for case in about)
-    assert any(case["expr"] == "ALERTS" and not case["exp_samples"] for case in cases)
+
+
+@pytest.mark.parametrize("name", alerts())
+def test_every_alert_has_a_case_in_which_it_fires(name: str) -> None:
+    """Of `promtool test rules`."""
+    about = [
+        asked
+        for case in cases()
+        for asked in case["promql_expr_test"]
+        if f'alertname="{name}"' in asked["expr"]
+    ]
+    assert any(asked["exp_samples"] for asked in about)
+
+
+def test_every_alert_has_a_case_in_which_it_stays_quiet() -> None:
+    """One in which nothing at all is even pending, and every metric that an alert reads is there."""
+    (quiet,) = (
+        case
+        for case in cases()
+        if {"expr": "ALERTS", "exp_samples": []}.items() <= case["promql_expr_test"][0].items()
+        and "all is well" in case["name"]
+    )
+    there = {re.split(r"\W", series["series"])[0] for series in quiet["input_series"]}
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    assert {query.place: query.metrics - there - recorded for query in rule_queries()} == {
+        query.place: set() for query in rule_queries()
+    }
 
 
 def test_numbers_of_the_rules_are_those_of_the_code() -> None:
