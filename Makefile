@@ -8,8 +8,8 @@ COMPOSE := docker compose -f docker-compose.scale.yml
 CONTRACT := $(addprefix tests/test_,contract_update.py contract_top.py contract_live.py edge.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help up down test test-chaos test-deploy test-compose test-compose-chaos compose-up compose-down compose-logs lint bench \
-    bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size bench-gateway bench-live bench-crowd lock clean
+.PHONY: help up basic down test test-chaos test-deploy test-compose test-compose-chaos compose-up compose-down compose-logs lint bench \
+    bench-write bench-shards bench-memory bench-layers bench-upkeep bench-size bench-gateway bench-live bench-crowd bench-basic lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -17,12 +17,16 @@ help: ## Show this list
 up: .venv/ready ## Start the whole cluster in the background, with the board at http://127.0.0.1:8080; or PORT=8081
 	@$(BIN)/scoreboard up --detach --port $(PORT)
 
-down: ## Stop the cluster; the data stays in .scoreboard
+basic: .venv/ready ## Start the basic approach instead: one process and one PostgreSQL; or PORT=8081
+	@$(BIN)/scoreboard basic --detach --port $(PORT)
+
+down: ## Stop either; the data stays in .scoreboard
 	@test -x $(BIN)/scoreboard || { echo "There is no .venv, so nothing runs from it."; exit 1; }
 	@$(BIN)/scoreboard down
 
 test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (no Docker needed)
 	@$(BIN)/pytest
+	@$(BIN)/pytest --cluster=basic -m "not chaos and not nginx" $(CONTRACT)
 
 test-chaos: .venv/ready ## Run the long tests of faults: crashes, freezes, outages, a full disk; and 200,000 updates (9 minutes)
 	@$(BIN)/pytest -m "chaos and not compose" -s
@@ -84,6 +88,9 @@ bench-gateway: .venv/ready ## Measure a broadcast beside a bare loop, Node.js (Y
 
 bench-live: .venv/ready ## Measure POST to the last of 5,000 clients, and the age of boards in a rush; 2 minutes
 	@$(BIN)/python -m tests.benchmarks.live
+
+bench-basic: .venv/ready ## Measure the basic approach beside the cluster: updates, clients, memory; 5 minutes
+	@$(BIN)/python -m tests.benchmarks.basic
 
 bench-crowd: .venv/ready ## Measure 100,000 clients on this machine, who come and go (8 minutes, 5 GB)
 	@$(BIN)/python -m tests.benchmarks.crowd

@@ -14,6 +14,11 @@ _REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 _PEERS_CACHED = 1024
 
 
+def new_request_id() -> str:
+    """An id that nothing else has."""
+    return secrets.token_hex(16)
+
+
 class Edge:
     """Knows the proxies whose ``X-Real-IP`` and ``X-Request-ID`` count; a client's own never do."""
 
@@ -39,4 +44,4 @@ class Edge:
         """The id that ``peer`` gave the request if it may, or a new one."""
         if given and self._trusts(peer) and _REQUEST_ID.fullmatch(given):
             return given
-        return secrets.token_hex(16)
+        return new_request_id()

@@ -28,11 +28,13 @@ class HttpServer(uvicorn.Server):
         *,
         grace_s: int,
         protocol: Callable[..., asyncio.Protocol] = HttpToolsProtocol,
+        keep_alive_s: int = KEEP_ALIVE_S,
     ) -> None:
         """
         Args:
             grace_s: Seconds for requests in flight once it is told to end.
             protocol: Makes what serves a connection; uvicorn calls it as it calls its own.
+            keep_alive_s: Seconds a connection may wait for its next request.
         """
         super().__init__(
             uvicorn.Config(
@@ -40,7 +42,7 @@ class HttpServer(uvicorn.Server):
                 http=protocol,  # type: ignore[arg-type]  # it asks for a class, and only calls it
                 lifespan="off",
                 ws="none",
-                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_keep_alive=keep_alive_s,
                 timeout_graceful_shutdown=grace_s,
                 # Nginx logs each request; uvicorn's own line has the token of the query string.
                 access_log=False,
@@ -57,19 +59,25 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def listen(name: str, host: str, port: int) -> socket.socket:
+def listen(
+    name: str, host: str, port: int, *, send_buffer_bytes: int | None = None
+) -> socket.socket:
     """
     A socket that listens; bound before anything is started that would have to be undone.
 
     Args:
         name: The variable that the port came from.
+        send_buffer_bytes: The kernel's of each connection; None for its own choice.
 
     Raises:
         SettingsError: If it cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise SettingsError(f"{name}: cannot listen on {host}:{port}: {reason}.") from None
+    if send_buffer_bytes is not None:  # accept() inherits it
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    return listening

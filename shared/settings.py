@@ -129,20 +129,29 @@ Duration = Annotated[int, BeforeValidator(_duration)]
 Network = Annotated[str, AfterValidator(lambda value: str(ipaddress.ip_network(value)))]
 
 
-class ReplicaSettings(Settings):
-    """What every replica listens on, says and publishes through."""
+class ProcessSettings(Settings):
+    """What every process listens on, says and believes."""
 
     host: str = Field("127.0.0.1", description="an address to listen on")
     port: int = Field(8000, ge=1, le=65535, description="a port from 1 to 65535")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="one of debug, info, warning, error"
     )
+    trusted_proxies: Annotated[tuple[Network, ...], Listed] = Field(
+        ("127.0.0.1/32", "::1/128"),
+        description="comma-separated networks whose X-Real-IP and X-Request-ID are believed",
+    )
+
+
+class RedisSettings(Settings):
+    """Where Redis is."""
+
     redis_url: str = Field(
         pattern=r"^rediss?(\+cluster)?://",
         repr=False,
         description="a URL such as redis://:password@host:6379/0, or redis+cluster://…",
     )
-    trusted_proxies: Annotated[tuple[Network, ...], Listed] = Field(
-        ("127.0.0.1/32", "::1/128"),
-        description="comma-separated networks whose X-Real-IP and X-Request-ID are believed",
-    )
+
+
+class ReplicaSettings(ProcessSettings, RedisSettings):
+    """What every replica of a cluster listens on, says, believes and publishes through."""

@@ -63,10 +63,12 @@ class Scoreboard(ABC):
     """A scoreboard as its clients see it, whatever runs it.
 
     Attributes:
-        port: Of Nginx, on 127.0.0.1.
+        port: Of Nginx, or of whatever else has the clients, on 127.0.0.1.
+        server: What it calls itself.
     """
 
     port: int
+    server: str | None = "nginx"
 
     @abstractmethod
     def secret(self, name: str) -> str:
@@ -181,6 +183,26 @@ class Cluster(Scoreboard):
     def logs(self) -> dict[str, str]:
         """Each of the home's, by the process's name."""
         return {path.stem: path.read_text() for path in (self.home / "log").glob("*.log")}
+
+
+class Basic(Cluster):
+    """One home and its basic installation, up or down."""
+
+    server = None
+
+    def up(self, **counts: int) -> None:
+        """Start it and wait until it is ready."""
+        done = self.command("basic", "--detach", f"--port={self.port}")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def replicas(self, service: str) -> list[tuple[str, int]]:
+        """The one process is both."""
+        return [("127.0.0.1", self.port)]
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """A metric of the process."""
+        port = self.process("basic")["operations_port"]
+        return await metric(f"http://127.0.0.1:{port}", name, **labels)
 
 
 class Client:

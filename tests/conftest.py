@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from tests.cluster import Client, Cluster, Scoreboard
+from tests.cluster import Basic, Client, Cluster, Scoreboard
 from tests.compose.stack import Stack
 from tests.valkey import Valkey
 
@@ -20,9 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """What the contract is tested on."""
     parser.addoption(
         "--cluster",
-        choices=["local", "compose"],
+        choices=["local", "compose", "basic"],
         default="local",
-        help="one of `scoreboard up`, or the containers of docker-compose.scale.yml",
+        help="one of `scoreboard up`, the containers of docker-compose.scale.yml, or `scoreboard basic`",
     )
 
 
@@ -35,7 +35,8 @@ def cluster(
     if request.config.getoption("--cluster") == "compose":
         yield request.getfixturevalue("stack")
         return
-    cluster = Cluster(folder)
+    basic = request.config.getoption("--cluster") == "basic"
+    cluster = Basic(folder) if basic else Cluster(folder)
     cluster.up()
     yield cluster
     cluster.down()

@@ -38,6 +38,11 @@ class Proxy:
         for connection in self._connections:
             connection.cancel()
 
+    def aim(self, upstream_port: int) -> None:
+        """Connections that come now are relayed there; those that exist end."""
+        self._upstream_port = upstream_port
+        self.cut()
+
     async def relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
         flowing = self._flowing

@@ -1,34 +1,46 @@
 """The README's table of settings, from the settings themselves. Print it: python -m tests.settings_table"""
 
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from services.api.settings import ApiSettings
+from services.basic.settings import BasicSettings
 from services.gateway.settings import GatewaySettings
+from shared.settings import Settings
+
+READERS: dict[str, type[Settings]] = {
+    "API": ApiSettings,
+    "gateway": GatewaySettings,
+    "basic": BasicSettings,
+}
 
 
 def rows() -> list[str]:
     """A row for each variable: name, who reads it, default, what it may be."""
-    readers: dict[str, list[str]] = {}
-    for reader, settings in (("API", ApiSettings), ("gateway", GatewaySettings)):
-        for field in settings.model_fields:
-            readers.setdefault(field, []).append(reader)
-    fields = {**GatewaySettings.model_fields, **ApiSettings.model_fields}
+    readers: dict[str, dict[str, FieldInfo]] = {}
+    for reader, settings in READERS.items():
+        for field, info in settings.model_fields.items():
+            readers.setdefault(field, {})[reader] = info
     table = []
-    for field in sorted(fields):
-        info = fields[field]
-        default = info.default
-        if default is PydanticUndefined:
-            shown = "required"
-        elif default in (None, ()):
-            shown = ""
-        elif isinstance(default, tuple):
-            shown = f"`{','.join(default)}`"
-        else:
-            shown = f"`{_written(default)}`"
-        table.append(
-            f"| `{field.upper()}` | {', '.join(readers[field])} | {shown} | {info.description} |"
-        )
+    for field, infos in sorted(readers.items()):
+        defaults = {reader: _default(info) for reader, info in infos.items()}
+        shown = next(iter(defaults.values()))
+        if len(set(defaults.values())) > 1:
+            shown = "; ".join(
+                f"{reader}: {default or 'none'}" for reader, default in defaults.items()
+            )
+        (description,) = {info.description for info in infos.values()}
+        table.append(f"| `{field.upper()}` | {', '.join(infos)} | {shown} | {description} |")
     return table
+
+
+def _default(info: FieldInfo) -> str:
+    default = info.default
+    if default is PydanticUndefined:
+        return "required"
+    if default in (None, ()):
+        return ""
+    return f"`{','.join(default) if isinstance(default, tuple) else _written(default)}`"
 
 
 def _written(default: object) -> str:

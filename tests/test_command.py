@@ -77,7 +77,8 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "command", ["up", "down", "status", "scale", "logs", "token", "migrate", "audit"]
+    "command",
+    ["up", "basic", "move", "down", "status", "scale", "logs", "token", "migrate", "audit"],
 )
 def test_help_shows_an_example(command: str) -> None:
     """The help of each subcommand shows how it is called."""

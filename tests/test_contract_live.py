@@ -146,8 +146,9 @@ async def test_a_token_that_expires_ends_the_connection(cluster: Scoreboard) -> 
 
 
 async def test_everyone_agrees(cluster: Scoreboard, client: Client, user: str) -> None:
-    """PostgreSQL, GET on both replicas and the WebSockets of both gateways; and soon enough."""
-    (host, port), (other_host, other_port) = cluster.replicas("gateway")
+    """PostgreSQL, GET on all replicas and the WebSockets of all gateways; and soon enough."""
+    gateways = cluster.replicas("gateway")
+    (host, port), (other_host, other_port) = gateways[0], gateways[-1]
     async with (
         cluster.live(host=host, port=port) as one,
         cluster.live(host=other_host, port=other_port) as other,

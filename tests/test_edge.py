@@ -68,7 +68,7 @@ def test_a_refused_request_is_answered_in_the_contracts_shape(
     assert json.loads(body) == {"status": "error", "message": message}
     assert headers["Content-Type"] == "application/json"
     assert re.fullmatch(r"[0-9a-f]{32}", ", ".join(headers.get_all("X-Request-ID", [])))
-    assert headers["Server"] == "nginx"
+    assert headers["Server"] == cluster.server
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,7 @@ def test_the_page_runs_only_its_own_scripts(cluster: Scoreboard) -> None:
         assert (status, headers["Content-Type"]) == (200, "text/javascript")
 
 
+@pytest.mark.nginx
 async def test_no_query_reaches_a_log(cluster: Scoreboard) -> None:
     """The access log has path and request id, and no log has what stands behind the `?`."""
     ids = [
@@ -111,6 +112,7 @@ async def test_no_query_reaches_a_log(cluster: Scoreboard) -> None:
     assert [name for name, text in logs.items() if "canary-of-a-token" in text] == []
 
 
+@pytest.mark.nginx
 async def test_the_access_log_is_json_and_says_what_was_asked(cluster: Scoreboard) -> None:
     """Also of what is refused: the method that was sent, and no byte that is no JSON."""
     asked = {

@@ -9,7 +9,8 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from services.api.quota import Allowance, Quota, count_in_memory, count_operations
+from services.api.allowance import Allowance
+from services.api.quota import Quota, count_in_memory, count_operations
 from services.api.shards import Operation, Shards
 from tests.cluster import Cluster, free_port
 

@@ -6,10 +6,10 @@ from functools import partial
 from hashlib import blake2s
 from typing import NoReturn
 
-from services.api.announcements import Announcements
+from services.api.allowance import Allowance
 from services.api.batch import Overloaded
 from services.api.exchange import Answer, Endpoint, Exchange, Refused
-from services.api.quota import Allowance, Quota
+from services.api.roles import Allowances, Announcer, TopReader, TopUnavailable
 from services.api.shards import DATABASE_FAILURES, Limit, NoOwner, Operation, Refusal
 from services.api.submission import (
     InvalidBody,
@@ -20,7 +20,6 @@ from services.api.submission import (
     read_increment,
     read_key,
 )
-from services.api.top import Top, TopUnavailable
 from services.api.writes import NotWritten, Writes
 from shared.answers import CHALLENGE, RETRY_AFTER_OVERLOADED_S
 from shared.board import top_answer
@@ -39,11 +38,11 @@ class Api:
     """What the endpoints work with; made once by the composition root."""
 
     verifier: TokenVerifier
-    update_quota: Quota
-    top_quota: Quota
+    update_quota: Allowances
+    top_quota: Allowances
     writes: Writes
-    announcements: Announcements
-    top: Top
+    announcer: Announcer
+    top: TopReader
     score_increment_max: int
 
 
@@ -59,7 +58,8 @@ def _unauthorized() -> Refused:
     return Refused(401, "Unauthorized", [(b"www-authenticate", CHALLENGE.encode())])
 
 
-def _overloaded() -> Refused:
+def overloaded() -> Refused:
+    """Too busy to start."""
     return Refused(503, "Service overloaded", [(b"retry-after", b"%d" % RETRY_AFTER_OVERLOADED_S)])
 
 
@@ -80,7 +80,7 @@ async def update_score(api: Api, exchange: Exchange) -> Answer:
     try:
         outcome = await api.writes.submit(operation)
     except Overloaded:
-        raise _overloaded() from None
+        raise overloaded() from None
     except NotWritten:
         raise _not_written() from None
     if outcome is Refusal.SCORE_TOO_HIGH:
@@ -90,7 +90,7 @@ async def update_score(api: Api, exchange: Exchange) -> Answer:
     if outcome is Refusal.OVER_LIMIT:
         await _refuse_over_quota(exchange, api.update_quota, claims.subject)
     # Also of a replay: its first answer may have been lost before the board had it.
-    await api.announcements.announce(outcome.latest)
+    await api.announcer.announce(outcome.latest)
     return Answer(
         200, b'{"status":"success","message":"Score updated","newScore":%d}' % outcome.score
     )
@@ -106,7 +106,7 @@ async def top_scores(api: Api, exchange: Exchange) -> Answer:
     try:
         body = top_answer(await api.top.read())
     except (Overloaded, TopUnavailable):
-        raise _overloaded() from None
+        raise overloaded() from None
     etag = f'"{blake2s(body, digest_size=12).hexdigest()}"'
     cached = f"public, max-age={TOP_FRESH_S}, s-maxage={TOP_FRESH_S}"
     headers = [(b"etag", etag.encode()), (b"cache-control", cached.encode())]
@@ -139,7 +139,7 @@ def _read_submission(exchange: Exchange) -> Submission | Refused:
         return Refused(400, "Invalid request body")
 
 
-async def _spend(exchange: Exchange, quota: Quota, client: str) -> Limit | None:
+async def _spend(exchange: Exchange, quota: Allowances, client: str) -> Limit | None:
     """Count the request; returns what the write has to keep to as well."""
     allowance = await _counted(quota.spend(client, exchange.request_id))
     exchange.quota_headers = allowance.headers(quota.name)
@@ -148,10 +148,11 @@ async def _spend(exchange: Exchange, quota: Quota, client: str) -> Limit | None:
     return allowance.at_write
 
 
-async def _refuse_over_quota(exchange: Exchange, quota: Quota, client: str) -> NoReturn:
+async def _refuse_over_quota(exchange: Exchange, quota: Allowances, client: str) -> NoReturn:
     """Others of the client's requests have used it up since this one was counted."""
-    allowance = await _counted(quota.recount(client))
-    exchange.quota_headers = allowance.headers(quota.name)
+    allowance = await _counted(quota.spend(client, exchange.request_id))
+    refused = allowance._replace(allowed=False, remaining=0)
+    exchange.quota_headers = refused.headers(quota.name)
     raise Refused(429, "Too many requests")
 
 
@@ -159,7 +160,7 @@ async def _counted(counting: Awaitable[Allowance]) -> Allowance:
     try:
         return await counting
     except Overloaded:
-        raise _overloaded() from None
+        raise overloaded() from None
     except (NoOwner, *DATABASE_FAILURES):  # Redis is away, and the shard could not count it.
         raise _not_written() from None
 

@@ -11,6 +11,11 @@ from typing import NamedTuple
 
 import structlog
 from prometheus_client import Counter, Histogram
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.api import metrics
@@ -116,6 +121,22 @@ async def answer(exchange: Exchange) -> Answer:
 def measure(exchange: Exchange, status: int, seconds: float) -> None:
     """Count an exchange that is over."""
     _count(exchange.endpoint.path, exchange.method, status, seconds)
+
+
+def the_rest(routes: Sequence[BaseRoute]) -> Starlette:
+    """An application for what is no endpoint's; it refuses in the same shape."""
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _refuse})
+    # `/livez/` is no path of ours; a redirect would make it one.
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _refuse(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    message = {404: "Not found", 405: "Method not allowed"}.get(error.status_code, error.detail)
+    return Response(
+        error_body(message), error.status_code, error.headers, media_type="application/json"
+    )
 
 
 class Others:

@@ -1,28 +1,25 @@
 """How much a client may do: a moving window a client, counted in Redis.
 
-`limits` gives the notation and the keys of a quota, and the window in memory. Where Redis is away
-updates are counted from the operations in PostgreSQL, and reads in this replica's memory: a quota
-never opens and never closes because of Redis.
+`limits` gives the notation of a quota. Where Redis is away updates are counted from the operations
+in PostgreSQL, and reads in this replica's memory: a quota never opens and never closes because of
+Redis.
 """
 
 import hashlib
-import math
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from importlib.resources import files
-from typing import NamedTuple
 
 import structlog
 from limits import RateLimitItem
-from limits.aio.storage import MemoryStorage
-from limits.aio.strategies import MovingWindowRateLimiter
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 from services.api import metrics
+from services.api.allowance import Allowance
 from services.api.batch import Batches
 from services.api.shards import NOTHING_SPENT, Limit, Shards, Spent
+from services.api.windows import Windows
 from shared.leaderboard import REDIS_FAILURES
 
 BATCH_MAX = 500
@@ -37,46 +34,6 @@ ID_LENGTH = 16
 """Of a request's id: 64 bits tell a client's requests of one window apart, in half the memory."""
 
 log = structlog.get_logger()
-
-
-_HEADERS = (
-    b"x-ratelimit-limit: %d\r\nx-ratelimit-remaining: %d\r\nx-ratelimit-reset: %d\r\n"
-    b'ratelimit: "%b";r=%d;t=%d\r\nratelimit-policy: "%b";q=%d;w=%d\r\n'
-)
-
-
-class Allowance(NamedTuple):
-    """What is left of a client's quota after this request.
-
-    Attributes:
-        whole_in_s: Seconds until nothing of it is used any more.
-        retry_in_s: Seconds until the next request is allowed; 0 when it is now.
-        at_write: What the write has to keep to, because counting and writing are two steps here.
-    """
-
-    allowed: bool
-    limit: int
-    window_s: int
-    remaining: int
-    whole_in_s: float
-    retry_in_s: float
-    at_write: Limit | None = None
-
-    def headers(self, name: str) -> bytes:
-        """
-        What the client is told: the three usual headers, and draft-ietf-httpapi-ratelimit-headers.
-
-        Args:
-            name: The quota's name in the draft's fields.
-        """
-        limit, remaining, reset = self.limit, self.remaining, math.ceil(self.whole_in_s)
-        quota = name.encode()
-        lines = _HEADERS % (
-            limit, remaining, reset, quota, remaining, reset, quota, limit, self.window_s,
-        )  # fmt: skip
-        if self.allowed:
-            return lines
-        return lines + b"retry-after: %d\r\n" % max(1, math.ceil(self.retry_in_s))
 
 
 Fallback = Callable[[str], Awaitable[Allowance]]
@@ -101,7 +58,7 @@ class Quota:
         # One hash tag: a batch is one call of the script, on one node of a Redis Cluster.
         self._prefix = f"{{quota:{name}}}:{rate.amount}/{rate.get_expiry()}:"
         # In Redis for one window from such a moment on: what it has counted is not all.
-        self._gap_key = f"{{quota:{name}}}:gap"
+        self._gap_key = _gap_key(name)
         self._window_ms = rate.get_expiry() * 1000
         # Whether requests were counted elsewhere, or Redis has forgotten some, and that key must be set.
         self._gap = False
@@ -127,10 +84,6 @@ class Quota:
             other = await self._fallback(client)
             return min(counted, other, key=_room)._replace(at_write=other.at_write)
         return counted
-
-    async def recount(self, client: str) -> Allowance:
-        """What is left to a client whose request was refused only when it was to be written."""
-        return (await self._fallback(client))._replace(allowed=False, remaining=0)
 
     async def _spend(
         self, requests: Sequence[tuple[str, str]]
@@ -173,6 +126,15 @@ class Quota:
         return answer
 
 
+def _gap_key(name: str) -> str:
+    return f"{{quota:{name}}}:gap"
+
+
+async def open_gap(redis: Redis, name: str, window_s: int) -> None:
+    """Say that what Redis has counted of this quota is not all, for one window from now on."""
+    await redis.set(_gap_key(name), 1, px=window_s * 1000)
+
+
 def _room(one: Allowance) -> tuple[bool, int, float]:
     return one.allowed, one.remaining, -one.whole_in_s
 
@@ -196,9 +158,10 @@ def count_operations(rate: RateLimitItem, shards: Shards) -> Fallback:
     async def count(user_id: str) -> Allowance:
         used = await queues[shards.shard_of(user_id)].submit(user_id)
         allowed = used.count < limit.count
-        return allowance(
-            rate,
+        return Allowance(
             allowed=allowed,
+            limit=limit.count,
+            window_s=limit.window_s,
             remaining=max(0, limit.count - used.count - allowed),
             whole_in_s=limit.window_s - (0 if allowed else used.newest_s),
             retry_in_s=0 if allowed else limit.window_s - used.oldest_s,
@@ -210,38 +173,9 @@ def count_operations(rate: RateLimitItem, shards: Shards) -> Fallback:
 
 def count_in_memory(rate: RateLimitItem) -> Fallback:
     """Count in this replica alone: each replica then allows the whole quota, and no more."""
-    limiter = MovingWindowRateLimiter(MemoryStorage())
+    windows = Windows(rate)
 
     async def count(client: str) -> Allowance:
-        allowed = await limiter.hit(rate, client)
-        window = await limiter.get_window_stats(rate, client)
-        return allowance(
-            rate,
-            allowed=allowed,
-            remaining=window.remaining,
-            whole_in_s=rate.get_expiry(),
-            retry_in_s=0 if allowed else max(0.0, window.reset_time - time.time()),
-        )
+        return windows.spend(client)
 
     return count
-
-
-def allowance(
-    rate: RateLimitItem,
-    *,
-    allowed: bool,
-    remaining: int,
-    whole_in_s: float,
-    retry_in_s: float,
-    at_write: Limit | None = None,
-) -> Allowance:
-    """An :class:`Allowance` of this rate."""
-    return Allowance(
-        allowed=allowed,
-        limit=rate.amount,
-        window_s=rate.get_expiry(),
-        remaining=remaining,
-        whole_in_s=whole_in_s,
-        retry_in_s=retry_in_s,
-        at_write=at_write,
-    )

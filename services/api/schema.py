@@ -1,7 +1,8 @@
 """What a shard must be like: this revision of the schema, each partition once, durable commits."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -35,6 +36,18 @@ _REMAINDER = re.compile(r"remainder (\d+)")
 
 class SchemaError(Exception):
     """A shard is not as this version needs it; the text is one line for a person."""
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise what a background task found wrong as such: a task group wraps it."""
+    try:
+        yield
+    except ExceptionGroup as failures:
+        wrong_schema = failures.subgroup(SchemaError)
+        if wrong_schema is None:
+            raise
+        raise wrong_schema.exceptions[0] from None
 
 
 def unusable(name: str, error: BaseException) -> SchemaError:

@@ -25,8 +25,8 @@ class ShardSettings(Settings):
     )
 
 
-class ApiSettings(ReplicaSettings, TokenSettings, ShardSettings):
-    """What one API replica reads from its environment."""
+class ScoreSettings(Settings):
+    """How much who may add, and how long it is remembered."""
 
     update_rate_limit: Rate = Field(
         parse("100/hour"), description="a quota such as 100/hour, for POST by a user"
@@ -53,3 +53,7 @@ class ApiSettings(ReplicaSettings, TokenSettings, ShardSettings):
                 f"UPDATE_RATE_LIMIT, not {self.operation_retention}."
             )
         return self
+
+
+class ApiSettings(ReplicaSettings, TokenSettings, ShardSettings, ScoreSettings):
+    """What one API replica reads from its environment."""

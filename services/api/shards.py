@@ -35,6 +35,7 @@ _RECORDED = sql("recorded.sql")
 _TOP = sql("top.sql").format(size=BOARD_SIZE)
 _SCORES = sql("scores.sql")
 _SPENT = sql("spent.sql")
+_AGES = sql("ages.sql")
 _TAKE_TURNS = sql("take_turns.sql")
 _UPKEEP = sql("upkeep.sql")
 
@@ -212,6 +213,11 @@ class Shards:
     def count(self) -> int:
         """How many shards there are; they are numbered from 0."""
         return len(self._engines)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether one of them has not answered yet."""
+        return bool(self._unchecked)
 
     @property
     def is_known(self) -> bool:
@@ -403,6 +409,14 @@ class Shards:
         """Count the operations of users of a shard in the last ``window_s`` seconds, where any."""
         async with self._driver(shard) as driver:
             return await _spent(driver, user_ids, window_s)
+
+    async def ages(
+        self, shard: int, user_ids: Sequence[str], limit: Limit
+    ) -> Mapping[str, Sequence[float]]:
+        """How many seconds ago users' newest operations within the limit were written, where any."""
+        async with self._driver(shard) as driver:
+            rows = await driver.fetch(_AGES, list(user_ids), limit.window_s, limit.count)
+        return {row["user_id"]: row["ages_s"] for row in rows}
 
     async def upkeep(self, shard: int) -> Upkeep:
         """What the shard says of its last audit and pruning."""

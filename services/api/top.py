@@ -7,6 +7,7 @@ import structlog
 
 from services.api import metrics
 from services.api.batch import Batches
+from services.api.roles import Standings, TopUnavailable
 from services.api.shards import DATABASE_FAILURES, Shards
 from shared.board import Standing
 from shared.leaderboard import REDIS_FAILURES, Leaderboard
@@ -20,12 +21,6 @@ STALE_MAX_S = 60.0
 """For how long the last board is shown while neither Redis nor all of PostgreSQL answers."""
 
 log = structlog.get_logger()
-
-Standings = tuple[Standing, ...]
-
-
-class TopUnavailable(Exception):
-    """Nothing that could be shown as the top 10."""
 
 
 class Top:

@@ -403,16 +403,12 @@ class Opening(asyncio.BufferedProtocol):
         protocol = _websocket(WSUpgradeResponseWithListener(response, client))
         protocol.connection_made(self._transport)
         self._transport.set_protocol(protocol)
-        unread = memoryview(
+        hand_on(
             b"GET / HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n%b" % (key.encode(), rest)
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %b\r\n\r\n%b" % (key.encode(), rest),
+            self._transport,
+            protocol,
         )
-        while unread and not self._transport.is_closing():
-            buffer = protocol.get_buffer(-1)
-            taken = min(len(buffer), len(unread))
-            buffer[:taken] = unread[:taken]
-            protocol.buffer_updated(taken)
-            unread = unread[taken:]
 
     def _open_stream(self, request: Request, claims: Claims, address: str) -> None:
         streams = self._door.streams
@@ -433,7 +429,7 @@ class Opening(asyncio.BufferedProtocol):
         if origin := request.header("Origin"):
             headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         self._transport.set_protocol(stream)
-        stream.begin(self._transport, _head(HTTPStatus.OK, headers))
+        stream.begin(self._transport, answer_head(HTTPStatus.OK, headers))
 
     def _accept(self, transport: str) -> None:
         self._decided()
@@ -452,8 +448,21 @@ class Opening(asyncio.BufferedProtocol):
             "X-Request-ID": self._request_id,
             **refusal.headers,
         }
-        self._transport.write(_head(refusal.status, headers) + refusal.body)
+        self._transport.write(answer_head(refusal.status, headers) + refusal.body)
         self._transport.close()
+
+
+def hand_on(
+    data: bytes, transport: asyncio.BaseTransport, protocol: asyncio.BufferedProtocol
+) -> None:
+    """Have a protocol receive what came before the transport was its own."""
+    unread = memoryview(data)
+    while unread and not transport.is_closing():
+        buffer = memoryview(protocol.get_buffer(-1))
+        taken = min(len(buffer), len(unread))
+        buffer[:taken] = unread[:taken]
+        protocol.buffer_updated(taken)
+        unread = unread[taken:]
 
 
 def _on_the_loop_s_clock(claims: Claims) -> float:
@@ -461,7 +470,8 @@ def _on_the_loop_s_clock(claims: Claims) -> float:
     return asyncio.get_running_loop().time() + claims.expires_at - time.time()
 
 
-def _head(status: HTTPStatus, headers: Mapping[str, str]) -> bytes:
+def answer_head(status: HTTPStatus, headers: Mapping[str, str]) -> bytes:
+    """The head of an HTTP answer."""
     lines = [f"HTTP/1.1 {status.value} {status.phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")

@@ -1,15 +1,15 @@
-"""What a gateway is told by its environment."""
+"""What is told by the environment to whoever has clients that watch."""
 
 from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from shared.settings import Listed, ReplicaSettings
+from shared.settings import Listed, ReplicaSettings, Settings
 from shared.token import TokenSettings
 
 
-class GatewaySettings(ReplicaSettings, TokenSettings):
-    """Read once, in the composition root."""
+class LiveSettings(Settings):
+    """How many may watch, from where, and how they are sent away."""
 
     operations_port: int = Field(
         8001, ge=1, le=65535, description="a port from 1 to 65535 for /livez, /readyz and /metrics"
@@ -46,3 +46,7 @@ class GatewaySettings(ReplicaSettings, TokenSettings):
     )
     # Below the 30 s an orchestrator commonly waits before it kills.
     drain_seconds: float = Field(20.0, ge=0, le=3600, description="seconds from 0 to 3600")
+
+
+class GatewaySettings(ReplicaSettings, TokenSettings, LiveSettings):
+    """Read once, in the composition root."""

@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -30,6 +32,10 @@ from services.scoreboard.home import (
     last_line,
     still_running,
 )
+
+if TYPE_CHECKING:
+    from services.basic.settings import MoveSettings
+    from services.scoreboard.installation import Installation
 
 DEFAULT_HOME = ".scoreboard"
 DEFAULT_PORT = 8080
@@ -88,6 +94,21 @@ home_option = click.option(
 )
 
 
+detach_option = click.option(
+    "--detach", is_flag=True, help="Return as soon as everything is ready."
+)
+
+port_option = click.option(
+    "--port",
+    default=DEFAULT_PORT,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Where clients are served, on 127.0.0.1.",
+)
+
+greet_option = click.option("--greet/--no-greet", default=True, hidden=True)
+
+
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="live-scoreboard", prog_name="scoreboard")
 def main() -> None:
@@ -95,6 +116,7 @@ def main() -> None:
 
     \b
       scoreboard up --detach      start PostgreSQL, Valkey, API, gateways and Nginx
+      scoreboard basic --detach   or one process and PostgreSQL, for a start
       scoreboard token alice      a token to send scores with
       scoreboard status           what runs where
       scoreboard down             stop it; the data stays
@@ -103,14 +125,8 @@ def main() -> None:
 
 @main.command()
 @home_option
-@click.option("--detach", is_flag=True, help="Return as soon as the cluster is ready.")
-@click.option(
-    "--port",
-    default=DEFAULT_PORT,
-    show_default=True,
-    type=click.IntRange(1, 65535),
-    help="Where Nginx listens, on 127.0.0.1.",
-)
+@detach_option
+@port_option
 @click.option(
     "--api",
     default=2,
@@ -130,7 +146,7 @@ def main() -> None:
     type=click.IntRange(1, SHARDS_MAX),
     help="PostgreSQL shards.  [default: what the home has, else 2]",
 )
-@click.option("--greet/--no-greet", default=True, hidden=True)
+@greet_option
 def up(
     home_path: Path,
     detach: bool,
@@ -155,18 +171,69 @@ def up(
     none of JWT_...: tokens are signed by `scoreboard token`, with a secret of the home's own.
     """
     from services.scoreboard.cluster import Cluster, shard_count
-    from services.scoreboard.progress import Progress
 
     home = Home(home_path)
-    with _sentences(), Progress() as progress:
-        if home.running() is not None:
-            raise ClusterError(home.already())
-        home.create()
-        counts = {"api": api, "gateway": gateway, "shards": shard_count(home, shards)}
+    with _sentences():
+        _begin(home)
+        count = shard_count(home, shards)
         if detach:
-            _greet(_start_detached(home, port, counts, progress.show), home_path)
-            return
-        greeted = not greet
+            options = [
+                f"--port={port}",
+                f"--api={api}",
+                f"--gateway={gateway}",
+                f"--shards={count}",
+            ]
+            _start_detached(home_path, ["up", *options])
+        else:
+            cluster = partial(Cluster, port=port, api=api, gateway=gateway, shards=count)
+            _run(home_path, greet, cluster)
+
+
+@main.command()
+@home_option
+@detach_option
+@port_option
+@greet_option
+def basic(home_path: Path, detach: bool, port: int, greet: bool) -> None:
+    """Start the basic approach: one process and one PostgreSQL, and wait until it is ready.
+
+    Clients cannot tell it from a cluster. It is restarted when it dies. Without --detach it runs until
+    Ctrl-C. The data stays in --home, or in the database that DATABASE_URL names; the secrets stay in
+    --home, and are made on first use.
+
+    \b
+      scoreboard basic
+      scoreboard basic --detach --port 9000 --home /tmp/board
+      DATABASE_URL=postgresql://user:password@host/name scoreboard basic
+
+    `status`, `logs`, `token`, `audit`, `migrate` and `down` are those of a cluster. Settings are
+    taken from the environment, but none of JWT_...: tokens are signed by `scoreboard token`, with a
+    secret of the home's own.
+    """
+    from services.scoreboard.basic import Basic, one_shard
+
+    home = Home(home_path)
+    with _sentences():
+        _begin(home)
+        one_shard(home)
+        if detach:
+            _start_detached(home_path, ["basic", f"--port={port}"])
+        else:
+            _run(home_path, greet, partial(Basic, port=port))
+
+
+def _begin(home: Home) -> None:
+    if home.running() is not None:
+        raise ClusterError(home.already())
+    home.create()
+
+
+def _run(home_path: Path, greet: bool, make: Callable[..., "Installation"]) -> None:
+    """Be the supervisor until the end."""
+    from services.scoreboard.progress import Progress
+
+    greeted = not greet
+    with Progress() as progress:
 
         def shown(state: State) -> None:
             nonlocal greeted
@@ -175,21 +242,27 @@ def up(
                 greeted = True
                 _greet(state, home_path)
 
+        home = Home(home_path)
         home.lock()
-        asyncio.run(Cluster(home, port=port, shown=shown, **counts).run())
+        asyncio.run(make(home, shown=shown).run())
     click.echo(f"Stopped. The data stays in {home_path}")
 
 
-def _start_detached(
-    home: Home, port: int, counts: Mapping[str, int], show: Callable[[State], None]
-) -> State:
+def _start_detached(home_path: Path, words: Sequence[str]) -> None:
     """Start the supervisor in a session of its own and show its state until it is ready."""
-    options = [f"--{name}={count}" for name, count in counts.items()]
+    from services.scoreboard.progress import Progress
+
+    with Progress() as progress:
+        state = _ready(Home(home_path), words, progress.show)
+    _greet(state, home_path)
+
+
+def _ready(home: Home, words: Sequence[str], show: Callable[[State], None]) -> State:
     with home.first_words.open("wb") as log:
         supervisor = subprocess.Popen(
             # Its greeting would leave a token in the log.
-            [sys.executable, "-P", "-m", "services.scoreboard", "up", "--no-greet",
-             f"--home={home.path}", f"--port={port}", *options],
+            [sys.executable, "-P", "-m", "services.scoreboard", *words, "--no-greet",
+             f"--home={home.path}"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
@@ -493,6 +566,73 @@ def audit(home_path: Path) -> None:
         f"Clean: every score of {findings.users} users is the sum of its operations "
         f"({time.monotonic() - began:.1f} s)."
     )
+
+
+@main.command()
+@home_option
+@click.argument("source", metavar="FROM_HOME", required=False, type=click.Path(path_type=Path))
+def move(home_path: Path, source: Path | None) -> None:
+    """Move all users from the basic installation in FROM_HOME to the cluster in --home.
+
+    Both run meanwhile. The cluster must have no users; it gets scores, operations and quotas as they
+    are. From its begin until clients speak to the cluster their increments are answered 500 or 503,
+    and are not written: sent again under the same Idempotency-Key they count once, wherever the first
+    try ended. A move that fails is undone.
+
+    The database is the one of DATABASE_URL, or FROM_HOME's; the cluster's shards and Redis are those
+    of SHARD_URLS and REDIS_URL, or those of --home. Each may be a ..._FILE. For the window of
+    UPDATE_RATE_LIMIT the cluster also counts updates from their operations.
+
+    \b
+      scoreboard up --detach --home /srv/cluster --port 8081
+      scoreboard move /srv/basic --home /srv/cluster
+      scoreboard down --home /srv/basic
+    """
+    from services.api.partition import PARTITIONS
+    from services.api.schema import SchemaError
+    from services.api.shards import DATABASE_FAILURES
+    from services.basic.move import move as move_users
+    from services.scoreboard.progress import Steps
+    from shared.leaderboard import REDIS_FAILURES
+
+    with _sentences():
+        settings = _move_settings(source, Home(home_path))
+        began = time.monotonic()
+        try:
+            with Steps("move", "partitions", PARTITIONS) as steps:
+                moved = asyncio.run(move_users(settings, steps.advance))
+        except SchemaError as error:
+            raise ClusterError(str(error)) from None
+        except (*DATABASE_FAILURES, *REDIS_FAILURES) as error:
+            raise ClusterError(f"The move has failed and is undone: {error}") from None
+    click.echo(
+        f"Moved {moved.users} users and {moved.operations} operations "
+        f"({time.monotonic() - began:.1f} s)."
+    )
+
+
+def _move_settings(source: Path | None, target: Home) -> "MoveSettings":
+    """What the environment names, or else what the two running installations have."""
+    from services.basic.settings import MoveSettings
+    from shared.settings import SettingsError
+
+    read = {field.upper() + end for field in MoveSettings.model_fields for end in ("", "_FILE")}
+    environ = {name: value for name, value in os.environ.items() if name in read}
+    for variable, home, secret in (
+        ("DATABASE_URL", None if source is None else Home(source), "shard_urls"),
+        ("SHARD_URLS", target, "shard_urls"),
+        ("REDIS_URL", target, "redis_url"),
+    ):
+        if variable in environ or f"{variable}_FILE" in environ:
+            continue
+        if home is None:
+            raise ClusterError(f"Name the home of a basic installation, or set {variable}.")
+        _running(home)
+        environ[f"{variable}_FILE"] = str(home.secrets / secret)
+    try:
+        return MoveSettings.from_environ(environ)
+    except SettingsError as error:
+        raise ClusterError(str(error)) from None
 
 
 def _shard_urls(home: Home) -> Sequence[str]:

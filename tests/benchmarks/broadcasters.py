@@ -15,7 +15,7 @@ from typing import Protocol
 
 from redis.asyncio import Redis
 
-from services.gateway.app import SEND_BUFFER_BYTES
+from services.gateway.audience import SEND_BUFFER_BYTES
 from shared.board import BOARD_SIZE, Board, Score, Standing, live_message
 from shared.leaderboard import CHANNEL, Leaderboard
 from tests.benchmarks.yardstick import install

@@ -54,12 +54,15 @@ class _Connection:
         if self.received:
             data = self.received + data
         end = data.find(b"\r\n\r\n")
-        at = data.find(b"\r\nContent-Length: ", 0, end)  # As Nginx writes it.
+        # As Nginx writes it, or as uvicorn does.
+        at = max(
+            data.find(b"\r\nContent-Length: ", 0, end), data.find(b"\r\ncontent-length: ", 0, end)
+        )
         if end < 0 or at < 0 or len(data) < end + 4 + int(data[at + 18 : data.find(b"\r", at + 2)]):
             self.received = data
             return None
         self.received = b""
-        return int(data[9:12]), data.find(b"\r\nConnection: close", 0, end) >= 0
+        return int(data[9:12]), b"\r\nconnection: close" in data[:end].lower()
 
 
 @dataclass

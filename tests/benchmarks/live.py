@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,14 @@ class Phase:
 
     Attributes:
         posted: When the update that led to this score was due.
-        published: When the board with this score was on the channel.
-        cpu_s: Of the load.
+        latencies_ms: From then to its answer.
+        published: When the board with this score was on the channel, where one is looked at.
     """
 
     posted: Mapping[int, float]
-    published: Mapping[int, float]
+    latencies_ms: Sequence[float]
     seen: Seen
+    published: Mapping[int, float] = field(default_factory=dict)
 
 
 async def prepare(cluster: Cluster) -> None:
@@ -83,21 +84,27 @@ async def follow(redis: Redis, published: dict[int, float]) -> None:
 
 
 async def phase(cluster: Cluster, load: Load, first: int, per_s: float, seconds: float) -> Phase:
-    """Updates of the leader, the first of which makes the score ``first``."""
+    """Updates of the leader, and the channel meanwhile."""
     published: dict[int, float] = {}
     async with Redis.from_url(cluster.secret("redis_url")) as redis:
         following = asyncio.create_task(follow(redis, published))
-        await load.report()
-        began = time.monotonic()
-        arrivals = await asyncio.to_thread(
-            open_loop,
-            cluster.port,
-            itertools.repeat(increment(cluster)),
-            [(per_s, seconds)],
-            POSTS_AT_ONCE_MAX,
-        )
-        await asyncio.sleep(SETTLE_S)
+        run = await updates(cluster, load, first, per_s, seconds)
         following.cancel()
+    return replace(run, published=published)
+
+
+async def updates(cluster: Cluster, load: Load, first: int, per_s: float, seconds: float) -> Phase:
+    """Updates of the leader, the first of which makes the score ``first``."""
+    await load.report()
+    began = time.monotonic()
+    arrivals = await asyncio.to_thread(
+        open_loop,
+        cluster.port,
+        itertools.repeat(increment(cluster)),
+        [(per_s, seconds)],
+        POSTS_AT_ONCE_MAX,
+    )
+    await asyncio.sleep(SETTLE_S)
     if any(arrival.status != 200 for arrival in arrivals):
         raise RuntimeError(f"not every update was written: {arrivals}")
     seen = await load.report()
@@ -107,7 +114,8 @@ async def phase(cluster: Cluster, load: Load, first: int, per_s: float, seconds:
     if seen.holding != {last: sum(seen.holding.values())}:
         raise RuntimeError(f"not everyone has the last board, {last}: {seen.holding}")
     due = sorted(began + arrival.due_s for arrival in arrivals)
-    return Phase(dict(enumerate(due, first)), published, seen)
+    latencies_ms = [arrival.latency_s * 1e3 for arrival in arrivals]
+    return Phase(dict(enumerate(due, first)), latencies_ms, seen)
 
 
 def to_last_ms(run: Phase) -> list[float]:

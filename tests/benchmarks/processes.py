@@ -55,6 +55,17 @@ def resident_kib(pids: Iterable[int]) -> int:
     return sum(map(resident_bytes, pids)) // 1024
 
 
+def proportional_bytes(roots: Iterable[int]) -> int:
+    """What of these processes and their children is in memory; what is shared counts once (PSS)."""
+    rollups = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in cpu_seconds(roots))
+    return sum(
+        int(line.split()[1]) * 1024
+        for rollup in rollups
+        for line in rollup.splitlines()
+        if line.startswith("Pss:")
+    )
+
+
 def titles(root: int) -> list[str]:
     """The command lines of a process's children: PostgreSQL says there what each one does."""
     return [_title(pid) for pid, fields in _stats().items() if int(fields[_PARENT]) == root]

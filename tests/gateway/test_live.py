@@ -15,7 +15,7 @@ from websockets.protocol import State
 from websockets.uri import parse_uri
 
 from services.gateway import clients
-from services.gateway.app import SEND_BUFFER_BYTES
+from services.gateway.audience import SEND_BUFFER_BYTES
 from services.gateway.caps import AcceptRate, Caps
 from services.gateway.handshake import Door
 from shared.board import Score

@@ -1,0 +1,1 @@
+"""The basic approach: API and gateway in one process, on one PostgreSQL."""

@@ -1,0 +1,5 @@
+"""`python -m services.basic`"""
+
+from services.basic.app import main
+
+main()
