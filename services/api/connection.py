@@ -41,6 +41,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(**uvicorn_s)
         self._endpoints = endpoints
         self._edge = edge
+        # Of the request that is coming.
         self._endpoint: Endpoint | None = None
         self._body = b""
         # The exchange under way, and what the task waits for while there is none.
@@ -62,7 +63,7 @@ class Connection(HttpToolsProtocol):
         self._wake()
 
     def shutdown(self) -> None:
-        if self._exchange is None:
+        if self._exchange is None and self._endpoint is None:
             super().shutdown()
         else:
             self._is_last = True
@@ -123,6 +124,7 @@ class Connection(HttpToolsProtocol):
             self.parser.get_method(), endpoint, dict(reversed(self.headers)), body,
             self.client[0], self._edge,
         )  # fmt: skip
+        self._endpoint = None
         if not self.parser.should_keep_alive():
             self._is_last = True
         self._wake()
