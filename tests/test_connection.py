@@ -19,8 +19,10 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def echo(exchange: Exchange) -> Answer:
-    """Answers with the body, after a turn of the loop."""
+    """Answers with the body, after a turn of the loop; or with a header."""
     await asyncio.sleep(0)
+    if wanted := exchange.header(b"x-echo"):
+        return Answer(200, wanted.encode())
     return Answer(200, b"too long" if exchange.body is None else exchange.body)
 
 
@@ -67,6 +69,9 @@ async def test_a_request_may_come_in_pieces() -> None:
         writer.write(b"POST /echo HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n")
         writer.write(b"3\r\nchu\r\n3\r\nnks\r\n0\r\n\r\n")
         assert (await reader.readuntil(b"chunks")).startswith(b"HTTP/1.1 200 ")
+        writer.write(b"POST /echo HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"5\r\nbody!\r\n0\r\nX-Echo: trailer\r\n\r\n")
+        assert (await reader.readuntil(b"body!")).startswith(b"HTTP/1.1 200 ")
         head, body = post(b"asked", "Expect: 100-continue").split(b"\r\n\r\n")
         writer.write(head + b"\r\n\r\n")
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -78,9 +83,12 @@ async def test_a_request_may_come_in_pieces() -> None:
     ("request_", "end"),
     [
         pytest.param(post(b"1", "Connection: close"), b"\r\n\r\n1", id="asked to"),
-        pytest.param(post(b"1", version="1.0"), b"\r\n\r\n1", id="HTTP/1.0"),
+        pytest.param(
+            post(b"1", "Connection: keep-alive", version="1.0"), b"\r\n\r\n1", id="HTTP/1.0"
+        ),
         pytest.param(post(b"x" * (BODY_BYTES_MAX + 1)), b"\r\n\r\ntoo long", id="long body"),
         pytest.param(post(b"1") + post(b"2"), b"\r\n\r\n1", id="pipelined"),
+        pytest.param(post(b"1") + b"\x01garbage", b"\r\n\r\n1", id="garbage behind it"),
         pytest.param(post(b"1") + post(b"", path="/"), b"\r\n\r\n1", id="the rest behind it"),
         pytest.param(post(b"", path="/") + post(b"2"), b"\r\n\r\nthe rest", id="behind the rest"),
     ],
@@ -99,7 +107,12 @@ async def test_the_longest_body_is_taken() -> None:
     """And the connection goes on, also to what is no endpoint's and back."""
     async with serving() as (_, (reader, writer)):
         longest = b"x" * (BODY_BYTES_MAX - 1) + b"!"
-        for path, end in (("/echo", b"!"), ("/", b"the rest"), ("/%65cho", b"!")):
+        for path, end in (
+            ("/echo", b"!"),
+            ("/", b"the rest"),
+            ("/%65cho", b"!"),
+            ("http://here/echo?x#y", b"!"),
+        ):
             writer.write(post(longest, path=path))
             assert (await reader.readuntil(end)).startswith(b"HTTP/1.1 200 ")
         writer.write(b"HEAD /echo HTTP/1.1\r\nHost: here\r\n\r\n")

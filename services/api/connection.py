@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -29,7 +30,7 @@ class Connection(HttpToolsProtocol):
     uvicorn's protocol, with a shorter way to the endpoints.
 
     A request that comes before the one ahead of it is answered (pipelining) is not begun: the
-    connection ends with that answer, and the client knows that the rest was not done.
+    connection ends with that answer, which says so.
     """
 
     def __init__(self, endpoints: Mapping[bytes, Endpoint], edge: Edge, **uvicorn_s: Any) -> None:
@@ -41,8 +42,10 @@ class Connection(HttpToolsProtocol):
         super().__init__(**uvicorn_s)
         self._endpoints = endpoints
         self._edge = edge
-        # Of the request that is coming.
+        # Of the request that is coming: headers as they were when its head was complete, since what
+        # follows a body (trailers) must not pass for them.
         self._endpoint: Endpoint | None = None
+        self._fields: Mapping[bytes, bytes] = {}
         self._body = b""
         # The exchange under way, and what the task waits for while there is none.
         self._exchange: Exchange | None = None
@@ -52,6 +55,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.client is None:  # It has gone before it was accepted.
+            transport.abort()
+            return
         task = self.loop.create_task(self._serve())
         # uvicorn waits for these when it ends.
         self.tasks.add(task)
@@ -59,6 +65,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # The timer would keep all of it in memory.
         self._is_last = True
         self._wake()
 
@@ -67,6 +74,12 @@ class Connection(HttpToolsProtocol):
             super().shutdown()
         else:
             self._is_last = True
+
+    def send_400_response(self, msg: str) -> None:
+        if self._is_busy():  # What is under way gets its own answer, as the last.
+            self._be_deaf()
+        else:
+            super().send_400_response(msg)
 
     # Called by the parser.
 
@@ -83,7 +96,7 @@ class Connection(HttpToolsProtocol):
         if self._is_deaf:
             return
         path = self.url.partition(b"?")[0]
-        endpoint = self._endpoints.get(path) or self._endpoints.get(unquote_to_bytes(path))
+        endpoint = self._endpoints.get(path) or self._endpoints.get(_path(self.url))
         if endpoint is None:
             url, headers, expects = self.url, self.headers, self.expect_100_continue
             super().on_message_begin()
@@ -91,8 +104,8 @@ class Connection(HttpToolsProtocol):
             self.headers += headers
             super().on_headers_complete()
             return
-        self._endpoint = endpoint
-        if self.expect_100_continue:
+        self._endpoint, self._fields = endpoint, dict(reversed(self.headers))
+        if self.expect_100_continue and self.parser.get_http_version() != "1.0":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -119,13 +132,16 @@ class Connection(HttpToolsProtocol):
         return self._exchange is not None or (cycle is not None and not cycle.response_complete)
 
     def _begin(self, endpoint: Endpoint, body: bytes | None) -> None:
-        assert self.client is not None  # noqa: S101 - no TCP connection is without
+        assert self.client is not None  # noqa: S101 - else there is no task that could answer
         self._exchange = Exchange(
-            self.parser.get_method(), endpoint, dict(reversed(self.headers)), body,
-            self.client[0], self._edge,
+            self.parser.get_method(), endpoint, self._fields, body, self.client[0], self._edge,
         )  # fmt: skip
-        self._endpoint = None
-        if not self.parser.should_keep_alive():
+        self._endpoint, self._fields, self.headers = (
+            None,
+            {},
+            [],
+        )  # A token is kept no longer than used.
+        if not self.parser.should_keep_alive() or self.parser.get_http_version() == "1.0":
             self._is_last = True
         self._wake()
 
@@ -150,7 +166,11 @@ class Connection(HttpToolsProtocol):
                 await self._arrival
                 continue
             exchange, started = self._exchange, time.perf_counter()
-            done = await answer(exchange)
+            try:
+                done = await answer(exchange)
+            except asyncio.CancelledError:  # The replica's time to end is over.
+                self.transport.abort()
+                raise
             if not self.transport.is_closing():
                 self._write(exchange, done)
             measure(exchange, done.status, time.perf_counter() - started)
@@ -179,3 +199,8 @@ class Connection(HttpToolsProtocol):
                 pieces.append(done.body)
         self.transport.write(b"".join(pieces))
         self.on_response_complete()
+
+
+def _path(url: bytes) -> bytes:
+    """Of a target in any form, decoded."""
+    return unquote_to_bytes(httptools.parse_url(url).path or b"")

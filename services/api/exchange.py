@@ -149,7 +149,7 @@ class Others:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have the other application answer."""
         started = time.perf_counter()
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        given = dict(reversed(scope["headers"])).get(b"x-request-id", b"").decode("latin-1")
         request_id = self._edge.request_id(scope["client"][0], given)
         REQUEST_ID.set(request_id)
         status: int | None = None
