@@ -18,11 +18,11 @@ up: .venv/ready ## Start the whole cluster in the background, with the board at 
 	@$(BIN)/scoreboard up --detach --port $(PORT)
 
 basic: .venv/ready ## Start the basic approach instead: one process and one PostgreSQL; or PORT=8081
-	@$(BIN)/scoreboard basic --detach --port $(PORT)
+	@$(BIN)/scoreboard basic --detach --home .basic --port $(PORT)
 
-down: ## Stop either; the data stays in .scoreboard
+down: ## Stop both; the data stays in .scoreboard and .basic
 	@test -x $(BIN)/scoreboard || { echo "There is no .venv, so nothing runs from it."; exit 1; }
-	@$(BIN)/scoreboard down
+	@for home in .scoreboard .basic; do [ ! -d $$home ] || $(BIN)/scoreboard down --home $$home; done
 
 test: .venv/ready ## Run every test against real PostgreSQL, Valkey and Nginx (no Docker needed)
 	@$(BIN)/pytest
@@ -110,11 +110,12 @@ clean: ## Remove the virtual environment and caches; .scoreboard (the data) stay
 # A running cluster runs from .venv: without it, what dies would not come back.
 define STOPPED
 import contextlib, fcntl, sys
-with contextlib.suppress(FileNotFoundError), open(".scoreboard/run/lock") as lock:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit("The cluster in .scoreboard runs from .venv, which has to be made anew: make down first.")
+for home in (".scoreboard", ".basic"):
+    with contextlib.suppress(FileNotFoundError), open(home + "/run/lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"What runs in {home} runs from .venv, which has to be made anew: make down first.")
 endef
 export STOPPED
 

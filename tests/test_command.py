@@ -143,7 +143,7 @@ def test_make_keeps_the_environment_of_a_running_cluster(tmp_path: Path) -> None
         fcntl.flock(lock, fcntl.LOCK_EX)
         for target in ("up", "test", "clean"):
             assert "make down first" in make(target)
-        assert make("down") == "asked: down\n"
+        assert make("down") == "asked: down --home .scoreboard\n"
     (tmp_path / ".venv" / "ready").touch()
     assert make("up") == "asked: up --detach --port 8080\n"
 
@@ -272,9 +272,9 @@ def test_the_state_of_a_dead_supervisor_is_not_believed(tmp_path: Path) -> None:
     home.create()
     home.write_state(State(pid=1, port=1234, url="http://127.0.0.1:1234/", secrets_dir=""))
     status = scoreboard("status", "--home", str(tmp_path))
-    assert (status.returncode, status.stdout) == (1, f"No cluster runs in {tmp_path}.\n")
+    assert (status.returncode, status.stdout) == (1, f"Nothing runs in {tmp_path}.\n")
     down = scoreboard("down", "--home", str(tmp_path))
-    assert (down.returncode, down.stdout) == (0, f"No cluster runs in {tmp_path}.\n")
+    assert (down.returncode, down.stdout) == (0, f"Nothing runs in {tmp_path}.\n")
 
 
 def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
         pytest.param(["api=0"], "api=0 is not api=N or gateway=N with N from 1 to 16.", id="none"),
         pytest.param(["api=17"], "api=17 is not api=N or", id="too-many"),
         pytest.param(["nginx=2"], "nginx=2 is not api=N or", id="not-a-replica"),
-        pytest.param(["api=3"], "No cluster runs in ", id="no-cluster"),
+        pytest.param(["api=3"], "Nothing runs in ", id="no-cluster"),
     ],
 )
 def test_scale_refuses(words: list[str], sentence: str, tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_audit_refuses_what_is_no_shard(tmp_path: Path) -> None:
     said = refusal("audit", SHARD_URLS=url)
     assert said.startswith("A shard cannot be audited: ")
     assert "hidden" not in said
-    assert refusal("audit", "--home", str(tmp_path)).startswith("No cluster runs in ")
+    assert refusal("audit", "--home", str(tmp_path)).startswith("Nothing runs in ")
 
 
 LOCAL = {

@@ -17,6 +17,8 @@ const UPDATE_FIRST_DELAY_MS = 500;
 const NEWS_EVERY_MS = 5_000;
 
 const SLIDE = { duration: 600, easing: "cubic-bezier(.2, .8, .2, 1)" };
+// Of the time between two boards: where they come fast, rows come to rest before the next one.
+const SLIDE_SHARE = 0.6;
 const FLASH_MS = 1_600;
 
 const page = Object.fromEntries(
@@ -158,8 +160,13 @@ function show(standings) {
   tellNews(standings);
 }
 
+let drawnAt = -SLIDE.duration / SLIDE_SHARE;
+
 function draw() {
   newest.drawn = true;
+  const now = performance.now();
+  const slide = { ...SLIDE, duration: Math.min(SLIDE.duration, (now - drawnAt) * SLIDE_SHARE) };
+  drawnAt = now;
   const first = rows.size === 0;
   const before = new Map([...rows].map(([user, row]) => [user, row.element.getBoundingClientRect().top]));
   const best = newest.standings[0]?.score ?? 0;
@@ -170,7 +177,7 @@ function draw() {
     const was = row.shown;
     row.shown = { score, rank };
     row.element.classList.toggle("you", userId === you);
-    if (was && !calm.matches) row.bar.animate([{ transform: `scaleX(${row.share})`, offset: 0 }], SLIDE);
+    if (was && !calm.matches) row.bar.animate([{ transform: `scaleX(${row.share})`, offset: 0 }], slide);
     row.share = score / best;
     row.bar.style.transform = `scaleX(${row.share})`;
     row.element.dataset.rank = rank;
@@ -182,7 +189,7 @@ function draw() {
   }
   rows = next;
   arrange(next.size ? [...next.values()].map((row) => row.element) : [nobody()]);
-  if (!first && !calm.matches) moveRows(before);
+  if (!first && !calm.matches) moveRows(before, slide);
   showState();
 }
 
@@ -237,14 +244,14 @@ function arrange(elements) {
 }
 
 /** Lets every row slide from where it was to where it is. */
-function moveRows(before) {
+function moveRows(before, slide) {
   for (const { element } of rows.values()) {
     for (const animation of element.getAnimations()) animation.cancel();
   }
   for (const [user, { element }] of rows) {
     const from = before.get(user);
     if (from === undefined) {
-      element.animate([{ opacity: 0, transform: "translateY(1.5rem)" }, { opacity: 1 }], SLIDE);
+      element.animate([{ opacity: 0, transform: "translateY(1.5rem)" }, { opacity: 1 }], slide);
       continue;
     }
     const distance = from - element.getBoundingClientRect().top;
@@ -253,7 +260,7 @@ function moveRows(before) {
     const zIndex = distance > 0 ? 2 : 1;
     element.animate(
       [{ transform: `translateY(${distance}px)`, zIndex }, { transform: "none", zIndex }],
-      SLIDE,
+      slide,
     );
   }
 }

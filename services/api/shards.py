@@ -215,11 +215,6 @@ class Shards:
         return len(self._engines)
 
     @property
-    def is_away(self) -> bool:
-        """Whether one of them has not answered yet."""
-        return bool(self._unchecked)
-
-    @property
     def is_known(self) -> bool:
         """Whether the owner of at least one partition is known."""
         return bool(self._owner)
@@ -246,8 +241,8 @@ class Shards:
         Read the owner map, and check that shards not yet heard of have this version's schema.
 
         Raises:
-            SchemaError: If one has not, or refuses us. A shard that is away is no error: the
-                others serve.
+            SchemaError: If one has not, or refuses us, or if none has any users' place. A shard that
+                is away is no error: the others serve.
         """
         for number in sorted(self._unchecked):
             name = f"Shard {number}"
@@ -261,6 +256,10 @@ class Shards:
             else:
                 self._unchecked.discard(number)
         await self.refresh_owners()
+        if not self._owner and not self._unchecked:
+            raise schema.SchemaError(
+                "There is no place for users any more: they were moved to a cluster."
+            )
 
     async def keep_complete(self) -> None:
         """Check the shards that were away at the start once they are there, then end."""

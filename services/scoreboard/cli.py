@@ -314,7 +314,8 @@ def _running(home: Home) -> State:
     state = home.running()
     if state is None:
         raise ClusterError(
-            f"No cluster runs in {home.path}. Start it with: {command('up')} --detach"
+            f"Nothing runs in {home.path}. Start it as before: {command('up')} or "
+            f"{command('basic')}, with --detach and this --home."
         )
     return state
 
@@ -342,7 +343,7 @@ def down(home_path: Path) -> None:
                 if time.monotonic() > give_up_at:
                     raise still_running(orphans)
                 time.sleep(ORPHANS_POLL_S)
-            click.echo(f"No cluster runs in {home.path}.")
+            click.echo(f"Nothing runs in {home.path}.")
             return
         _signal(home, state, signal.SIGTERM)
         give_up_at = time.monotonic() + STOP_SECONDS_MAX
@@ -379,7 +380,7 @@ def status(home_path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"running": state is not None} | (asdict(state) if state else {})))
     elif state is None:
-        click.echo(f"No cluster runs in {home.path}.")
+        click.echo(f"Nothing runs in {home.path}.")
     else:
         click.echo(f"{state.url} ({state.phase}, supervisor {state.pid})\n")
         click.echo(table(state.processes))
@@ -627,6 +628,8 @@ def _move_settings(source: Path | None, target: Home) -> "MoveSettings":
             continue
         if home is None:
             raise ClusterError(f"Name the home of a basic installation, or set {variable}.")
+        if home is not target and home.shards() != 1:
+            raise ClusterError(f"{home.path} is the home of no basic installation.")
         _running(home)
         environ[f"{variable}_FILE"] = str(home.secrets / secret)
     try:

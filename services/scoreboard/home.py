@@ -129,6 +129,8 @@ class Home:
             for folder in (self.path, self.log, self.run, self.secrets):
                 folder.mkdir(parents=True, exist_ok=True)
             self.secrets.chmod(0o700)
+            # Below a checkout nobody commits data and secrets by accident.
+            (self.path / ".gitignore").write_text("*\n")
             (self.run / "lock").touch()
         except OSError as error:
             raise ClusterError(

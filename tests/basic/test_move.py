@@ -37,7 +37,7 @@ class Way:
         self._lines = iter(block.splitlines())
         self._places = {
             ".cluster": str(cluster.home),
-            ".scoreboard": str(basic.home),
+            ".basic": str(basic.home),
             "8081": str(cluster.port),
             ".venv/bin/scoreboard": COMMAND,
         }
