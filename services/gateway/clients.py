@@ -396,10 +396,8 @@ class Clients:
         for file in files:
             try:
                 sent = write(file, newest)
-            except (
-                OSError
-            ):  # The kernel takes nothing, or the client is gone: the transport will see.
-                sent = 0
+            except OSError:
+                sent = 0  # The kernel takes nothing, or the client is gone: the transport will see.
             if sent != length:
                 short.append((file, sent))
         waiting, served = self._waiting, self._served

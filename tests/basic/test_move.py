@@ -86,9 +86,8 @@ async def test_users_are_moved_under_load(
                     *words, stderr=DEVNULL, stdout=DEVNULL
                 )
                 await asyncio.sleep(chance.uniform(0.5, 2.0))
-                with suppress(
-                    ProcessLookupError
-                ):  # It was quick: then the next one has nothing to do.
+                # Where it was quick, the next one has nothing to do.
+                with suppress(ProcessLookupError):
                     killed.kill()
                 await killed.wait()
             print(await asyncio.to_thread(way.go, upto="scoreboard move"))
