@@ -57,7 +57,13 @@ class Identity:
     namespace: bool = False
 
     def arguments(self, parent_death: signal.Signals | None = None) -> dict[str, Any]:
-        """For :mod:`subprocess`: start as this, alone in a new session, and die with the parent."""
+        """
+        For :mod:`subprocess`: start as this, alone in a new group, and die with the parent.
+
+        In our session: Linux shares a busy CPU among sessions first (autogroup, sched(7)), and would
+        give Nginx's two workers together no more of it than a single replica. Then what Nginx
+        refuses for want of time waits for the work it is refused in favour of.
+        """
 
         def prepare() -> None:
             if self.namespace:
@@ -71,7 +77,7 @@ class Identity:
             if parent_death is not None and sys.platform == "linux":
                 _libc.prctl(_PR_SET_PDEATHSIG, int(parent_death), 0, 0, 0)
 
-        arguments: dict[str, Any] = {"start_new_session": True, "preexec_fn": prepare}
+        arguments: dict[str, Any] = {"process_group": 0, "preexec_fn": prepare}
         if self.uid is not None:
             arguments |= {"user": self.uid, "group": self.uid, "extra_groups": []}
         return arguments
