@@ -28,7 +28,9 @@ BATCH_MAX = 500
 QUEUE_MAX = 10_000
 """Checks waiting for Redis; the one past that is refused as overload."""
 
-PATIENCE_S = 0.5
+PATIENCE_S = 1.0
+"""Redis answers or is given up within a quarter of that. A replica that gets no CPU for as long, as
+when six start at once on two cores, needs the rest: who waited there must not be refused for it."""
 
 ID_LENGTH = 16
 """Of a request's id: 64 bits tell a client's requests of one window apart, in half the memory."""
