@@ -42,9 +42,9 @@ async def test_what_arrives_meanwhile_is_the_next_batch() -> None:
     """The first goes alone and at once, the others together."""
     commits = Commits()
     batches = make(commits)
-    submitted = [asyncio.create_task(batches.submit(0))]
+    submitted = [batches.submit(0)]
     await settle()
-    submitted += [asyncio.create_task(batches.submit(item)) for item in (2, 4, 6)]
+    submitted += [batches.submit(item) for item in (2, 4, 6)]
     await settle()
     commits.released.release()
     commits.released.release()
@@ -57,7 +57,7 @@ async def test_a_batch_has_a_limit() -> None:
     """What is past it waits for the one after."""
     commits = Commits()
     batches = make(commits, batch_max=2)
-    submitted = [asyncio.create_task(batches.submit(item)) for item in (0, 2, 4)]
+    submitted = [batches.submit(item) for item in (0, 2, 4)]
     await settle()
     commits.released.release()
     commits.released.release()
@@ -70,7 +70,7 @@ async def test_one_item_fails_alone() -> None:
     """Its neighbours have their results."""
     commits = Commits()
     batches = make(commits)
-    submitted = [asyncio.create_task(batches.submit(item)) for item in (2, 3, 4)]
+    submitted = [batches.submit(item) for item in (2, 3, 4)]
     await settle()
     commits.released.release()
     results = await asyncio.gather(*submitted, return_exceptions=True)
@@ -83,9 +83,9 @@ async def test_a_full_queue_refuses_at_once() -> None:
     """Nothing is done with what it refuses."""
     commits = Commits()
     batches = make(commits, queue_max=1)
-    first = asyncio.create_task(batches.submit(0))
+    first = batches.submit(0)
     await settle()
-    second = asyncio.create_task(batches.submit(2))
+    second = batches.submit(2)
     await settle()
     with pytest.raises(Overloaded):
         await batches.submit(4)
@@ -110,9 +110,9 @@ async def test_a_client_that_left_is_passed_over() -> None:
     """Its item is not started, and the others are."""
     commits = Commits()
     batches = make(commits)
-    first = asyncio.create_task(batches.submit(0))
+    first = batches.submit(0)
     await settle()
-    gone, stays = asyncio.create_task(batches.submit(2)), asyncio.create_task(batches.submit(4))
+    gone, stays = batches.submit(2), batches.submit(4)
     await settle()
     gone.cancel()
     await settle()
@@ -127,7 +127,7 @@ async def test_draining_waits_for_all_that_was_submitted() -> None:
     """Also for what is still in the queue."""
     commits = Commits()
     batches = make(commits, batch_max=1)
-    submitted = [asyncio.create_task(batches.submit(item)) for item in (0, 2)]
+    submitted = [batches.submit(item) for item in (0, 2)]
     await settle()
     commits.released.release()
     commits.released.release()

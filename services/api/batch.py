@@ -56,21 +56,21 @@ class Batches(Generic[Item, Result]):
         """Items waiting."""
         return len(self._queue)
 
-    async def submit(self, item: Item) -> Result:
+    def submit(self, item: Item) -> asyncio.Future[Result]:
         """
-        Have the item done in the next batch.
+        Have the item done in the next batch; to be awaited, or cancelled.
 
         Raises:
             Overloaded: If it was not started.
         """
         if len(self._queue) >= self._queue_max:
             raise Overloaded
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Result] = asyncio.Future()
         self._queue.append(_Waiting(item, future, time.monotonic() + self._patience_s))
         if self._worker is None:
             # In no request's context: what it logs is not about the one that happened to be first.
             self._worker = asyncio.create_task(self._work(), context=contextvars.Context())
-        return await future
+        return future
 
     async def _work(self) -> None:
         try:

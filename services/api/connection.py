@@ -52,6 +52,7 @@ class Connection(HttpToolsProtocol):
         self._arrival: asyncio.Future[None] | None = None
         self._is_last = False
         self._is_deaf = False
+        self._rested_at = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -65,7 +66,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # The timer would keep all of it in memory.
+        if self.timeout_keep_alive_task is not None:  # It would keep all of it in memory.
+            self.timeout_keep_alive_task.cancel()
         self._is_last = True
         self._wake()
 
@@ -74,6 +76,31 @@ class Connection(HttpToolsProtocol):
             super().shutdown()
         else:
             self._is_last = True
+
+    # One timer for all rests of a connection: uvicorn's, made and cancelled for each, cost as much as
+    # its parser.
+
+    def _unset_keepalive_if_required(self) -> None:
+        """It goes on, and looks whether there was anything meanwhile."""
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        self._rested_at = self.loop.time()
+        self.flow.resume_reading()
+        if self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self._look_again(self.timeout_keep_alive)
+
+    def timeout_keep_alive_handler(self) -> None:
+        left = self._rested_at + self.timeout_keep_alive - self.loop.time()
+        if self._is_busy():
+            self._look_again(self.timeout_keep_alive)
+        elif left > 0:
+            self._look_again(left)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _look_again(self, in_s: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(in_s, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
         if self._is_busy():  # What is under way gets its own answer, as the last.
@@ -87,6 +114,7 @@ class Connection(HttpToolsProtocol):
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
+        self._rested_at = self.loop.time()
         self._endpoint = None
         self._body = b""
         if self._is_busy():
