@@ -5,11 +5,6 @@ from typing import NamedTuple
 
 from services.api.shards import Limit
 
-_HEADERS = (
-    b"x-ratelimit-limit: %d\r\nx-ratelimit-remaining: %d\r\nx-ratelimit-reset: %d\r\n"
-    b'ratelimit: "%b";r=%d;t=%d\r\nratelimit-policy: "%b";q=%d;w=%d\r\n'
-)
-
 
 class Allowance(NamedTuple):
     """What is left of a client's quota after this request.
@@ -36,10 +31,11 @@ class Allowance(NamedTuple):
             name: The quota's name in the draft's fields.
         """
         limit, remaining, reset = self.limit, self.remaining, math.ceil(self.whole_in_s)
-        quota = name.encode()
-        lines = _HEADERS % (
-            limit, remaining, reset, quota, remaining, reset, quota, limit, self.window_s,
-        )  # fmt: skip
-        if self.allowed:
-            return lines
-        return lines + b"retry-after: %d\r\n" % max(1, math.ceil(self.retry_in_s))
+        lines = (
+            f"x-ratelimit-limit: {limit}\r\nx-ratelimit-remaining: {remaining}\r\n"
+            f'x-ratelimit-reset: {reset}\r\nratelimit: "{name}";r={remaining};t={reset}\r\n'
+            f'ratelimit-policy: "{name}";q={limit};w={self.window_s}\r\n'
+        )
+        if not self.allowed:
+            lines += f"retry-after: {max(1, math.ceil(self.retry_in_s))}\r\n"
+        return lines.encode()

@@ -7,7 +7,7 @@ costs a third of the time and needs no explicit transaction (measured: 308 again
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -470,7 +470,7 @@ def _ids(operations: Sequence[Operation]) -> tuple[list[str], list[str]]:
     return [one.user_id for one in operations], [one.op_id for one in operations]
 
 
-def _increments(operations: Sequence[Operation]) -> tuple[list[Any], ...]:
+def _increments(operations: Sequence[Operation]) -> tuple[str, ...]:
     """The parameters of `record.sql`."""
     totals: dict[str, int] = {}
     behind = []
@@ -480,7 +480,26 @@ def _increments(operations: Sequence[Operation]) -> tuple[list[Any], ...]:
         totals[one.user_id] = later + one.delta
     behind.reverse()
     deltas = [one.delta for one in operations]
-    return list(totals), list(totals.values()), *_ids(operations), deltas, behind
+    return (
+        _texts(totals), _numbers(totals.values()), *map(_texts, _ids(operations)),
+        _numbers(deltas), _numbers(behind),
+    )  # fmt: skip
+
+
+# PostgreSQL's own notation of arrays: the driver looks at each element for one more dimension, and
+# takes twice as long.
+
+
+def _texts(values: Collection[str]) -> str:
+    if not values:
+        return "{}"
+    # No text that is stored can have the separator in it.
+    escaped = "\0".join(values).replace("\\", "\\\\").replace('"', '\\"')
+    return '{"' + escaped.replace("\0", '","') + '"}'
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return "{" + ",".join(map(str, values)) + "}"
 
 
 async def _spent(driver: Any, user_ids: Sequence[str], window_s: float) -> dict[str, Spent]:

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import Any
 
 import asyncpg
 import structlog
@@ -170,11 +171,17 @@ class Writes:
     async def _try(self, shard: int, operations: Sequence[Operation]) -> Sequence[Result]:
         started = time.perf_counter()
         breaker = self._breakers[shard]
-        retrying = self._retrying(shard, len(operations))
+        retrying: AsyncRetrying | None = None
         outcomes: Sequence[Outcome]
         try:
             async with asyncio.timeout(DEADLINE_S):
-                outcomes = await retrying(self._record, shard, operations)
+                try:
+                    outcomes = await self._record(shard, operations)
+                except DATABASE_FAILURES as error:
+                    # Not before: tenacity takes 0.1 ms of a batch, also of one that it only watches.
+                    retrying = self._retrying(shard, len(operations))
+                    record = _failed_once(error, self._record)
+                    outcomes = await retrying(record, shard, operations)
         except DATABASE_FAILURES as error:
             metrics.WRITE_FAILURES.labels(shard).inc(len(operations))
             log.error("write.failed", shard=shard, operations=len(operations), error=repr(error))
@@ -185,7 +192,7 @@ class Writes:
             if is_locked:
                 breaker.succeeded()
             elif is_transient(error) and not was_frozen:
-                breaker.failed(tries=retrying.statistics["attempt_number"])
+                breaker.failed(tries=retrying.statistics["attempt_number"] if retrying else 1)
             if is_transient(error) or len(operations) == 1:
                 return [NotWritten()] * len(operations)
             # Something about one of them: the others must not suffer for it.
@@ -237,6 +244,20 @@ class Writes:
     async def drain(self) -> None:
         """Wait until everything that was submitted is committed or failed."""
         await asyncio.gather(*(queue.drain() for queue in (*self._queues, *self._contended)))
+
+
+def _failed_once(
+    error: Exception, record: Callable[..., Awaitable[list[Outcome]]]
+) -> Callable[..., Awaitable[list[Outcome]]]:
+    """The same with its first try behind it: called for the first time, it says what came of that."""
+    failed = [error]
+
+    async def tried(*arguments: Any) -> list[Outcome]:
+        if failed:
+            raise failed.pop()
+        return await record(*arguments)
+
+    return tried
 
 
 def _is_resting(breaker: Breaker) -> bool:

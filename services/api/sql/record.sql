@@ -1,6 +1,7 @@
 -- Adds increments and writes the operation rows that make each of them count once: one statement,
 -- one commit, for many users.
 --
+-- Each parameter is an array in PostgreSQL's own notation:
 -- $1 user ids, no one twice, $2 what to add to each of their scores.
 -- $3 user ids, $4 operation ids, $5 increments, $6 what the user's later ones among them come to; no
 -- pair of user and operation twice.
@@ -16,7 +17,7 @@
 WITH raised AS (
     INSERT INTO user_scores AS held (user_id, score, last_updated)
     SELECT user_id, delta::integer, clock_timestamp()
-    FROM unnest($1::varchar[], $2::bigint[]) AS total (user_id, delta)
+    FROM unnest($1::text::varchar[], $2::text::bigint[]) AS total (user_id, delta)
     WHERE delta <= 2147483647
     ORDER BY user_id
     ON CONFLICT (user_id) DO UPDATE
@@ -27,7 +28,8 @@ WITH raised AS (
 ), added AS (
     SELECT user_id, op_id, place, delta, raised.score - behind AS score,
            raised.score AS latest, last_updated
-    FROM unnest($3::varchar[], $4::varchar[], $5::integer[], $6::bigint[])
+    FROM unnest($3::text::varchar[], $4::text::varchar[], $5::text::integer[],
+                $6::text::bigint[])
          WITH ORDINALITY AS given (user_id, op_id, delta, behind, place)
     JOIN raised USING (user_id)
 ), kept AS (
