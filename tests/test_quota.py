@@ -1,9 +1,11 @@
 """A quota is exact over replicas, by Redis's clock, and neither opens nor closes without Redis."""
 
 import asyncio
+import bisect
 import itertools
 import time
 
+import pytest
 from limits import parse
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -20,15 +22,28 @@ def nobody() -> Redis:
     return Redis(port=free_port(), retry=Retry(NoBackoff(), 0))
 
 
+LOG_MAX = 1000
+"""Of `quota.lua`: the largest limit that is kept as a log."""
+
 CLOCK_S = 0.002
 """Redis counts in whole milliseconds, of another clock."""
 
 _requests = itertools.count()
 
 
+def request_id(number: int) -> str:
+    """As the edge makes them; only the first digits tell them apart."""
+    return f"{number:016x}{0:016x}"
+
+
 async def spend(quota: Quota, client: str) -> Allowance:
     """A request of its own."""
-    return await quota.spend(client, str(next(_requests)))
+    return await quota.spend(client, request_id(next(_requests)))
+
+
+def spent_key(of: str) -> str:
+    """The key of what a client has spent of the quota for updates."""
+    return f"{{quota:update}}:spent:{of}"
 
 
 async def no_fallback(_client: str) -> Allowance:
@@ -36,44 +51,82 @@ async def no_fallback(_client: str) -> Allowance:
     raise AssertionError("asked without need")
 
 
-async def test_as_many_as_are_allowed_over_all_replicas(redis: Redis) -> None:
-    """However they come together."""
-    replicas = [Quota("update", parse("10/hour"), redis, no_fallback) for _ in range(3)]
-    spent = await asyncio.gather(*(spend(replicas[n % 3], "ana") for n in range(40)))
+@pytest.mark.parametrize("limit", [10, LOG_MAX, LOG_MAX + 1])
+async def test_as_many_as_are_allowed_over_all_replicas(redis: Redis, limit: int) -> None:
+    """However they come together; what is spent of a large quota is kept otherwise."""
+    replicas = [Quota("update", parse(f"{limit}/hour"), redis, no_fallback) for _ in range(3)]
+    spent = await asyncio.gather(*(spend(replicas[n % 3], "ana") for n in range(limit + 30)))
 
-    assert sum(allowance.allowed for allowance in spent) == 10
-    assert sorted(one.remaining for one in spent if one.allowed) == list(range(10))
+    assert sum(allowance.allowed for allowance in spent) == limit
+    assert sorted(one.remaining for one in spent if one.allowed) == list(range(limit))
     assert (await spend(replicas[0], "ben")).allowed
+    assert await redis.type(spent_key(f"{limit}/3600:ana")) == (
+        b"zset" if limit > LOG_MAX else b"string"
+    )
 
 
-async def test_no_window_has_more_and_no_refusal_is_needless(redis: Redis) -> None:
+@pytest.mark.parametrize(
+    ("limit", "window_s", "steps", "rest_s"),
+    [(5, 1, 60, (0.03, 0.08, 0.13)), (LOG_MAX + 1, 2, 4000, (0.001,))],
+)
+async def test_no_window_has_more_and_no_refusal_is_needless(
+    redis: Redis, limit: int, window_s: int, steps: int, rest_s: tuple[float, ...]
+) -> None:
     """Wherever the window is laid, by the moments between which Redis must have looked."""
-    limit, window_s = 5, 1.0
-    quota = Quota("update", parse("5/second"), redis, no_fallback)
+    quota = Quota("update", parse(f"{limit}/{window_s} second"), redis, no_fallback)
     asked = []
-    for step in range(60):
+    for step in range(steps):
         before = time.monotonic()
         allowance = await spend(quota, "ana")
         asked.append((before, time.monotonic(), allowance.allowed))
-        await asyncio.sleep(0.03 + 0.05 * (step % 3))
+        await asyncio.sleep(rest_s[step % len(rest_s)])
     passed = [(before, after) for before, after, allowed in asked if allowed]
 
     assert limit < len(passed) < len(asked)
-    for first, sixth in zip(passed, passed[limit:], strict=False):
-        assert sixth[1] - first[0] >= window_s - CLOCK_S
+    for first, next_window in zip(passed, passed[limit:], strict=False):
+        assert next_window[1] - first[0] >= window_s - CLOCK_S
+    ends = [after for _, after in passed]
     for before, _, allowed in asked:
         if not allowed:
-            earlier = [after for _, after in passed if after <= before]
-            assert before - earlier[-limit] <= window_s + CLOCK_S
+            earlier = bisect.bisect_right(ends, before)
+            assert before - ends[earlier - limit] <= window_s + CLOCK_S
 
 
-async def test_a_request_that_is_sent_again_counts_once(redis: Redis) -> None:
+@pytest.mark.parametrize("limit", [2, LOG_MAX + 1])
+async def test_a_request_that_is_sent_again_counts_once(redis: Redis, limit: int) -> None:
     """Also when the quota is spent by then: what it asked for may be done already."""
-    quota = Quota("update", parse("2/hour"), redis, no_fallback)
-    spent = [await quota.spend("ana", request) for request in ("one", "one", "two", "three", "two")]
+    quota = Quota("update", parse(f"{limit}/hour"), redis, no_fallback)
+    await asyncio.gather(*(spend(quota, "ana") for _ in range(limit - 2)))
+    one, two, three = (request_id(2**40 + number) for number in range(3))
+    spent = [await quota.spend("ana", request) for request in (one, one, two, three, two)]
 
     assert [one.allowed for one in spent] == [True, True, True, False, True]
     assert [one.remaining for one in spent] == [1, 1, 0, 0, 0]
+
+
+async def test_no_request_is_taken_for_a_piece_of_others(redis: Redis) -> None:
+    """What is spent stands in one text: an id that is found in the middle of it is another one."""
+    quota = Quota("update", parse("100/hour"), redis, no_fallback)
+    for _ in range(3):
+        await spend(quota, "ana")
+    log = await redis.get(spent_key("100/3600:ana"))
+    assert isinstance(log, bytes)
+    pieces = {log[start : start + 8].hex() for start in range(len(log) - 8) if start % 14}
+    for number, piece in enumerate(pieces, 4):
+        assert (await quota.spend("ana", piece)).remaining == 100 - number
+
+
+async def test_what_nobody_spends_any_more_goes_away(redis: Redis) -> None:
+    """After two windows at most, also where windows follow each other, and not before one."""
+    quota = Quota("update", parse("50/second"), redis, no_fallback)
+    for _ in range(8):
+        for _ in range(5):
+            await spend(quota, "ana")
+            assert 1000 <= await redis.pttl(spent_key("50/1:ana")) <= 2000
+        await asyncio.sleep(0.3)
+    await asyncio.sleep(2)
+
+    assert not await redis.exists(spent_key("50/1:ana"))
 
 
 async def test_what_is_said_of_the_rest_is_true(redis: Redis) -> None:

@@ -32,7 +32,7 @@ PATIENCE_S = 1.0
 """Redis answers or is given up within a quarter of that. A replica that gets no CPU for as long, as
 when six start at once on two cores, needs the rest: who waited there must not be refused for it."""
 
-ID_LENGTH = 16
+ID_DIGITS = 16
 """Of a request's id: 64 bits tell a client's requests of one window apart, in half the memory."""
 
 log = structlog.get_logger()
@@ -58,14 +58,14 @@ class Quota:
         self._script = f"-- {name}\n{script}"
         self._sha = hashlib.sha1(self._script.encode(), usedforsecurity=False).hexdigest()
         # One hash tag: a batch is one call of the script, on one node of a Redis Cluster.
-        self._prefix = f"{{quota:{name}}}:{rate.amount}/{rate.get_expiry()}:"
+        self._prefix = f"{{quota:{name}}}:spent:{rate.amount}/{rate.get_expiry()}:"
         # In Redis for one window from such a moment on: what it has counted is not all.
         self._gap_key = _gap_key(name)
         self._window_ms = rate.get_expiry() * 1000
         # Whether requests were counted elsewhere, or Redis has forgotten some, and that key must be set.
         self._gap = False
         self._has_counted = False
-        self._batches = Batches[tuple[str, str], tuple[Allowance, bool]](
+        self._batches = Batches[tuple[str, bytes], tuple[Allowance, bool]](
             self._spend, batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
         )
 
@@ -73,11 +73,15 @@ class Quota:
         """
         Count one request of the client, if it is allowed; the same request counts once.
 
+        Args:
+            request_id: Hexadecimal digits, at least ``ID_DIGITS``.
+
         Raises:
             Overloaded: If too many wait to be counted.
         """
+        request = bytes.fromhex(request_id[:ID_DIGITS])
         try:
-            counted, is_incomplete = await self._batches.submit((client, request_id[:ID_LENGTH]))
+            counted, is_incomplete = await self._batches.submit((client, request))
         except REDIS_FAILURES as error:
             metrics.QUOTA_FALLBACKS.labels(self.name).inc()
             log.debug("quota.unavailable", quota=self.name, error=repr(error))
@@ -88,7 +92,7 @@ class Quota:
         return counted
 
     async def _spend(
-        self, requests: Sequence[tuple[str, str]]
+        self, requests: Sequence[tuple[str, bytes]]
     ) -> list[tuple[Allowance, bool] | Exception]:
         try:
             try:
@@ -113,7 +117,7 @@ class Quota:
             for allowed, left, whole_in_ms, free_in_ms in zip(*[iter(answer[1:])] * 4, strict=True)
         ]
 
-    async def _run(self, requests: Sequence[tuple[str, str]]) -> list[int]:
+    async def _run(self, requests: Sequence[tuple[str, bytes]]) -> list[int]:
         keys = [self._gap_key, *(self._prefix + client for client, _ in requests)]
         # Not redis-py's Script: it would ask whether Redis has it by another command.
         answer: list[int] = await self._redis.evalsha(

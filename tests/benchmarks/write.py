@@ -46,8 +46,8 @@ SECONDS = 4.0
 WARM_S = 1.0
 """Before each cell is measured."""
 
-QUOTA = "1000000000/hour"
-"""Everyone counts every request; nobody reaches this."""
+QUOTA = "1000/minute"
+"""Everyone counts every request; nobody reaches this, at two updates a second and user."""
 
 OVERLOAD = 2.0
 OVERLOAD_SECONDS = 10.0
