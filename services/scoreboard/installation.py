@@ -183,7 +183,9 @@ class Installation(ABC):
             "PYTHONUNBUFFERED": "1",
         }
 
-    def _service(self, name: str, package: str, port: int, operations_port: int) -> Supervised:
+    def _service(
+        self, name: str, package: str, port: int, operations_port: int, *, nice: int = 0
+    ) -> Supervised:
         """A process of one of our packages, not started yet."""
 
         async def ready(_pid: int) -> bool:
@@ -196,6 +198,7 @@ class Installation(ABC):
             ready=ready,
             stop=((signal.SIGTERM, REPLICA_STOP_SECONDS),),
             parent_death=signal.SIGTERM,
+            nice=nice,
         )
         service = self._supervised(name, program, port)
         service.state.operations_port = operations_port

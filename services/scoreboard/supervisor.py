@@ -56,7 +56,9 @@ class Identity:
     uid: int | None = None
     namespace: bool = False
 
-    def arguments(self, parent_death: signal.Signals | None = None) -> dict[str, Any]:
+    def arguments(
+        self, parent_death: signal.Signals | None = None, nice: int = 0
+    ) -> dict[str, Any]:
         """
         For :mod:`subprocess`: start as this, alone in a new group, and die with the parent.
 
@@ -76,6 +78,7 @@ class Identity:
             # After the change of identity, which clears it.
             if parent_death is not None and sys.platform == "linux":
                 _libc.prctl(_PR_SET_PDEATHSIG, int(parent_death), 0, 0, 0)
+            os.nice(nice)
 
         arguments: dict[str, Any] = {"process_group": 0, "preexec_fn": prepare}
         if self.uid is not None:
@@ -91,6 +94,7 @@ class Program:
         ready: Whether the process of that pid can serve; may raise OSError for no.
         stop: The signals that end it, each with the seconds it gets; SIGKILL follows.
         parent_death: What it gets when the supervisor itself is killed.
+        nice: Added to the supervisor's own niceness.
         cwd: Where it runs.
     """
 
@@ -99,6 +103,7 @@ class Program:
     ready: Callable[[int], Awaitable[bool]]
     stop: Sequence[tuple[signal.Signals, float]]
     parent_death: signal.Signals
+    nice: int = 0
     identity: Identity = field(default_factory=Identity)
     cwd: Path = Path("/")
 
@@ -231,7 +236,9 @@ class Supervised:
                     stdout=log,
                     stderr=log,
                     cwd=self._program.cwd,
-                    **self._program.identity.arguments(self._program.parent_death),
+                    **self._program.identity.arguments(
+                        self._program.parent_death, self._program.nice
+                    ),
                 )
         except (OSError, subprocess.SubprocessError) as error:
             with suppress(OSError), _append(log_path) as log:
