@@ -387,7 +387,7 @@ class Nginx:
             "LISTEN": f"127.0.0.1:{self._port}",
             "TLS": "",
             "RESOLVER": "",
-            "API_SERVERS": _servers(api, " max_conns=128", " max_conns=64"),
+            "API_SERVERS": _servers(api, " max_conns=256", " max_conns=128"),
             "GATEWAY_SERVERS": _servers(gateway),
             "PAGE_ROOT": _quoted(str(package / "html")),
         }
