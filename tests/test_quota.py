@@ -129,6 +129,21 @@ async def test_what_nobody_spends_any_more_goes_away(redis: Redis) -> None:
     assert not await redis.exists(spent_key("50/1:ana"))
 
 
+@pytest.mark.parametrize("spent", [1, 3])
+async def test_a_clock_that_was_set_back_keeps_nobody_out(redis: Redis, spent: int) -> None:
+    """What had counted by the later time ends a window from now, and what comes after it as well."""
+    quota = Quota("update", parse("3/second"), redis, no_fallback)
+    tomorrow = (int((time.time() + 86_400) * 1000)).to_bytes(6, "big")
+    log = b"".join(bytes([number] * 8) + tomorrow for number in range(spent))
+    await redis.set(spent_key("3/1:ana"), log, px=90_000_000)
+    said = await spend(quota, "ana")
+    assert (said.allowed, said.remaining) == (spent < 3, max(0, 2 - spent))
+    assert 0.9 < said.whole_in_s <= 1
+    await asyncio.sleep(1.05)
+
+    assert (await spend(quota, "ana")).remaining == 2
+
+
 async def test_what_is_said_of_the_rest_is_true(redis: Redis) -> None:
     """When the next is allowed, and when all of it is free again."""
     quota = Quota("update", parse("2/second"), redis, no_fallback)

@@ -39,6 +39,16 @@ local function has(log, id, place)
   return place
 end
 
+-- Where the clock was set back: a record that stayed in the future would keep those after it from ending.
+local function until_now(log, first, last)
+  local records = {}
+  for place = first, last, RECORD do
+    local at = math.min(now, counted_at(log, place))
+    records[#records + 1] = string.sub(log, place, place + ID - 1) .. struct.pack('>I6', at)
+  end
+  return table.concat(records)
+end
+
 -- Both return whether the request is allowed, how many count, and when the first and last of them did.
 
 local function spend_in_log(key, id)
@@ -46,6 +56,11 @@ local function spend_in_log(key, id)
   local first, last = 1, #log - RECORD + 1
   while first <= last and counted_at(log, first) <= ended do
     first = first + RECORD
+  end
+  if first <= last and counted_at(log, last) > now then
+    log = until_now(log, first, last)
+    first, last = 1, #log - RECORD + 1
+    redis.call('SET', key, log, 'PX', 2 * window)
   end
   local used = (last - first) / RECORD + 1
   local oldest, newest = now, now
@@ -57,8 +72,7 @@ local function spend_in_log(key, id)
   elseif used >= limit then
     return false, used, oldest, newest
   end
-  newest = math.max(now, newest)  -- The clock may have been set back.
-  local record = id .. struct.pack('>I6', newest)
+  local record = id .. struct.pack('>I6', now)
   if used > 0 and first == 1 then
     redis.call('APPEND', key, record)
   else
@@ -66,7 +80,7 @@ local function spend_in_log(key, id)
     -- record has ended, and the log is written anew.
     redis.call('SET', key, string.sub(log, first) .. record, 'PX', 2 * window)
   end
-  return true, used + 1, oldest, newest
+  return true, used + 1, oldest, now
 end
 
 local function spend_in_set(key, id)

@@ -32,6 +32,9 @@ PATIENCE_S = 1.0
 """Redis answers or is given up within a quarter of that. A replica that gets no CPU for as long, as
 when six start at once on two cores, needs the rest: who waited there must not be refused for it."""
 
+FALLBACK_PATIENCE_S = 0.5
+"""For PostgreSQL's count. It comes after Redis has been waited for, and before the commit."""
+
 ID_DIGITS = 16
 """Of a request's id: 64 bits tell a client's requests of one window apart, in half the memory."""
 
@@ -156,7 +159,10 @@ def count_operations(rate: RateLimitItem, shards: Shards) -> Fallback:
     # One a shard, so that a slow one delays its own users only.
     queues = [
         Batches[str, Spent](
-            partial(spent, shard), batch_max=BATCH_MAX, queue_max=QUEUE_MAX, patience_s=PATIENCE_S
+            partial(spent, shard),
+            batch_max=BATCH_MAX,
+            queue_max=QUEUE_MAX,
+            patience_s=FALLBACK_PATIENCE_S,
         )
         for shard in range(shards.count)
     ]

@@ -73,8 +73,6 @@ REST_S = 0.25
 OWNER_WAIT_S = 0.05
 """Between two looks at the catalogs for the owner of a partition that moves or whose shard is away."""
 
-_HAS_TRIED_ENOUGH = stop_after_attempt(ATTEMPTS_MAX) | stop_before_delay(DEADLINE_S)
-
 log = structlog.get_logger()
 
 
@@ -179,7 +177,8 @@ class Writes:
                     outcomes = await self._record(shard, operations)
                 except DATABASE_FAILURES as error:
                     # Not before: tenacity takes 0.1 ms of a batch, also of one that it only watches.
-                    retrying = self._retrying(shard, len(operations))
+                    left_s = DEADLINE_S - (time.perf_counter() - started)
+                    retrying = self._retrying(shard, len(operations), left_s)
                     record = _failed_once(error, self._record)
                     outcomes = await retrying(record, shard, operations)
         except DATABASE_FAILURES as error:
@@ -217,11 +216,12 @@ class Writes:
                 outcomes.append(Contended())
         return outcomes
 
-    def _retrying(self, shard: int, operations: int) -> AsyncRetrying:
+    def _retrying(self, shard: int, operations: int, left_s: float) -> AsyncRetrying:
         """Of one batch: more tries are paid from the budget, and who tries the shard for all has one."""
+        has_tried_enough = stop_after_attempt(ATTEMPTS_MAX) | stop_before_delay(left_s)
 
         def must_stop(state: RetryCallState) -> bool:
-            if _HAS_TRIED_ENOUGH(state) or not self._breakers[shard].is_closed:
+            if has_tried_enough(state) or not self._breakers[shard].is_closed:
                 return True
             if self._budgets[shard].spend(operations):
                 return False

@@ -247,6 +247,7 @@ def open_loop(
         if now > ends[-1] + DRAIN_SECONDS_MAX:
             break
         time.sleep(REST_S)
+        now = time.perf_counter() - began
         wait = DRAIN_SECONDS_MAX if following is None else max(0.0, following - now)
         for number, event in epoll.poll(wait):
             connection = open_[number]
