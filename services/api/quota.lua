@@ -12,7 +12,7 @@
 
 -- Up to this limit what is spent is a log: 14 bytes for each request, oldest first, the id and when it
 -- counted (6 bytes, milliseconds). It is read whole, with two commands a request where a sorted set
--- takes four: Valkey spends 10 microseconds instead of 14, and half the memory. Above it, a sorted set.
+-- takes four: Valkey spends 10 microseconds instead of 14, and less memory. Above it, a sorted set.
 local LOG_MAX = 1000
 local RECORD, ID = 14, 8
 
