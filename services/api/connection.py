@@ -77,8 +77,7 @@ class Connection(HttpToolsProtocol):
         else:
             self._is_last = True
 
-    # One timer for all rests of a connection: uvicorn's, made and cancelled for each, cost as much as
-    # its parser.
+    # One timer for all rests of a connection, where uvicorn makes and cancels one for each.
 
     def _unset_keepalive_if_required(self) -> None:
         """It goes on, and looks whether there was anything meanwhile."""
@@ -164,11 +163,8 @@ class Connection(HttpToolsProtocol):
         self._exchange = Exchange(
             self.parser.get_method(), endpoint, self._fields, body, self.client[0], self._edge,
         )  # fmt: skip
-        self._endpoint, self._fields, self.headers = (
-            None,
-            {},
-            [],
-        )  # A token is kept no longer than used.
+        # A token is kept no longer than used.
+        self._endpoint, self._fields, self.headers = None, {}, []
         if not self.parser.should_keep_alive() or self.parser.get_http_version() == "1.0":
             self._is_last = True
         self._wake()
