@@ -19,20 +19,23 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def echo(exchange: Exchange) -> Answer:
-    """Answers with the body, after a turn of the loop; or with a header."""
-    await asyncio.sleep(0)
+    """Answers with the body, after a turn of the loop or the seconds asked for; or with a header."""
+    await asyncio.sleep(float(exchange.header(b"x-rest", "0")))
     if wanted := exchange.header(b"x-echo"):
         return Answer(200, wanted.encode())
     return Answer(200, b"too long" if exchange.body is None else exchange.body)
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[HttpServer, Streams]]:
+async def serving(keep_alive_s: int = 75) -> AsyncIterator[tuple[HttpServer, Streams]]:
     """A server with an endpoint, and an application for the rest; and a client of it."""
     endpoints = {b"/echo": Endpoint("/echo", (b"GET", b"HEAD", b"POST"), echo)}
     door = listen("PORT", "127.0.0.1", 0)
     server = HttpServer(
-        PlainTextResponse("the rest"), grace_s=1, protocol=partial(Connection, endpoints, Edge([]))
+        PlainTextResponse("the rest"),
+        grace_s=1,
+        protocol=partial(Connection, endpoints, Edge([])),
+        keep_alive_s=keep_alive_s,
     )
     running = asyncio.create_task(server.serve([door]))
     reader, writer = await asyncio.open_connection(*door.getsockname())
@@ -77,6 +80,23 @@ async def test_a_request_may_come_in_pieces() -> None:
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(body)
         assert (await reader.readuntil(b"asked")).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("path", ["/echo", "/else"])
+async def test_a_connection_that_rests_for_long_ends(path: str) -> None:
+    """The last answer counts, and no request under way is cut off; one answer begins the count."""
+    now = asyncio.get_running_loop().time
+    async with serving(keep_alive_s=1) as (server, (reader, writer)):
+        for _ in range(3):
+            writer.write(post(b"rest", path=path))
+            assert (await reader.readuntil(b"rest")).startswith(b"HTTP/1.1 200 ")
+            await asyncio.sleep(0.6)
+        writer.write(post(b"long", "X-Rest: 1.3"))
+        assert (await reader.readuntil(b"long")).startswith(b"HTTP/1.1 200 ")
+        answered = now()
+        assert await reader.read() == b""
+        assert 0.9 < now() - answered < 1.5
+        assert server.server_state.connections == set()
 
 
 @pytest.mark.parametrize(
