@@ -83,18 +83,24 @@ local function spend_in_log(key, id)
   return true, used + 1, oldest, now
 end
 
+local function end_of_set(key, place)
+  return tonumber(redis.call('ZRANGE', key, place, place, 'WITHSCORES')[2])
+end
+
 local function spend_in_set(key, id)
-  redis.call('ZREMRANGEBYSCORE', key, '-inf', string.format('%.0f', ended))
-  local used = redis.call('ZCARD', key)
-  local allowed = redis.call('ZSCORE', key, id)
-  if not allowed and used < limit then
-    allowed, used = true, used + 1
-    redis.call('ZADD', key, string.format('%.0f', now), id)
-    redis.call('PEXPIRE', key, window)
+  local oldest = end_of_set(key, 0)
+  if oldest and oldest <= ended then
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', string.format('%.0f', ended))
+    oldest = end_of_set(key, 0)
   end
-  local oldest = tonumber(redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2])
-  local newest = tonumber(redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2])
-  return allowed, used, oldest, newest
+  local used = redis.call('ZCARD', key)
+  if used >= limit then
+    return redis.call('ZSCORE', key, id), used, oldest, end_of_set(key, -1)
+  elseif redis.call('ZADD', key, 'NX', string.format('%.0f', now), id) == 0 then
+    return true, used, oldest, end_of_set(key, -1)
+  end
+  redis.call('PEXPIRE', key, window)
+  return true, used + 1, oldest or now, now
 end
 
 local spend = limit <= LOG_MAX and spend_in_log or spend_in_set
