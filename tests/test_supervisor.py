@@ -54,6 +54,17 @@ def pids(cluster: Cluster) -> list[int]:
     return [process["pid"] for process in cluster.status()["processes"] if process["pid"]]
 
 
+def test_nobody_but_postgresql_interrupts_who_runs(small: Cluster) -> None:
+    """Linux's scheduling policy of each process."""
+    policies = {
+        process["name"].partition("-")[0]: os.sched_getscheduler(process["pid"])
+        for process in small.status()["processes"]
+        if process["pid"]
+    }
+    batch = dict.fromkeys(("api", "gateway", "nginx", "valkey"), os.SCHED_BATCH)
+    assert policies == batch | {"postgres": os.SCHED_OTHER}
+
+
 async def test_a_killed_supervisor_leaves_nothing_behind(fresh: Cluster) -> None:
     """Every server ends with it, no score is lost, and `up` works at once."""
     fresh.up(api=1, gateway=1, shards=1)

@@ -199,6 +199,7 @@ class Installation(ABC):
             stop=((signal.SIGTERM, REPLICA_STOP_SECONDS),),
             parent_death=signal.SIGTERM,
             nice=nice,
+            sched_batch=True,
         )
         service = self._supervised(name, program, port)
         service.state.operations_port = operations_port

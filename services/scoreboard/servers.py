@@ -357,6 +357,7 @@ def valkey(binary: Path, home: Home, port: int) -> Program:
         ready=ready,
         stop=((signal.SIGTERM, 10.0),),
         parent_death=signal.SIGTERM,
+        sched_batch=True,
         cwd=data,
     )
 
@@ -410,6 +411,7 @@ class Nginx:
             stop=((signal.SIGQUIT, 4.0), (signal.SIGTERM, 5.0)),
             # SIGQUIT and SIGKILL would leave the workers behind.
             parent_death=signal.SIGTERM,
+            sched_batch=True,
         )
 
     def _argv(self, *more: str) -> list[str]:
