@@ -46,6 +46,7 @@ compose-up: ## Start the containers, with the board at http://127.0.0.1:8080; or
 	@$(COMPOSE) build --quiet
 	@test -z "$$($(COMPOSE) ps --quiet api)" || $(COMPOSE) run --rm --no-deps -T migrate
 	@$(COMPOSE) up --detach --wait --wait-timeout 180 || { deploy/why; exit 1; }
+	@nohup deploy/keep >> deploy/keep.log 2>&1 < /dev/null &
 
 compose-down: ## Stop the containers; the data stays in their volumes
 	@$(COMPOSE) down

@@ -3,13 +3,15 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
 
 from services.api.partition import partition_of
 from tests.cluster import Json, eventually
+from tests.compose.build import ROOT
 from tests.compose.stack import Stack
 from tests.load import Load
 from tests.test_faults import shows_the_truth
@@ -97,18 +99,51 @@ async def test_a_crashed_container_is_back_by_itself(stack: Stack, user: str, se
     check_promise(service, load)
 
 
+@pytest.fixture
+def kept(stack: Stack) -> Iterator[None]:
+    """With `deploy/keep` beside the containers."""
+    with subprocess.Popen(
+        [ROOT / "deploy" / "keep"], env=stack.environ, stdout=subprocess.PIPE, text=True
+    ) as keeper:
+        assert keeper.stdout is not None
+        assert f"{stack.project} is kept." in keeper.stdout.readline()
+        yield
+        keeper.terminate()
+
+
+@pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("service", SERVICES)
-async def test_a_killed_container_is_back_with_up(stack: Stack, user: str, service: str) -> None:
-    """The engine takes `docker kill` for an order and leaves it dead: `up` starts it again."""
+async def test_a_killed_container_is_back_by_itself(stack: Stack, user: str, service: str) -> None:
+    """`docker kill` is an order to the engine; `deploy/keep` countermands it."""
     before = stack.containers(service)[0]
     async with loaded(stack, user) as load:
         stack.docker("kill", before["Id"])
-        await asyncio.sleep(AWAY_S)
-        (left,) = [one for one in stack.containers(service) if one["Id"] == before["Id"]]
-        assert left["State"]["Status"] == "exited"
-        await asyncio.to_thread(stack.up, api=2, gateway=2)
-        await eventually(lambda: is_well(stack, before), what=f"{service} is back")
+        took = await eventually(
+            lambda: is_well(stack, before), within_s=BACK_SECONDS_MAX, what=f"{service} is back"
+        )
+        print(f"{service}: back in {took:.1f} s")
     check_promise(service, load)
+
+
+@pytest.mark.usefixtures("kept")
+async def test_what_is_stopped_or_removed_stays_so(stack: Stack) -> None:
+    """`deploy/keep` tells an operator's wish from a kill, and a second one ends at once."""
+    stopped = stack.container("prometheus")["Id"]
+    stack.docker("stop", stopped)
+    other = await asyncio.to_thread(
+        subprocess.run,
+        [ROOT / "deploy" / "keep"],
+        env=stack.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert other.stderr == f"{stack.project} is kept already.\n"
+    removed = stack.containers("gateway")[1]["Id"]
+    stack.docker("rm", "--force", removed)
+    await asyncio.sleep(AWAY_S)
+    assert stack.container("prometheus")["State"]["Status"] == "exited"
+    assert removed not in {one["Id"] for one in stack.containers()}
+    await asyncio.to_thread(stack.up, api=2, gateway=2)
 
 
 def check_promise(service: str, load: Load) -> None:
