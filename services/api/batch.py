@@ -9,7 +9,6 @@ import contextvars
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -18,13 +17,6 @@ Result = TypeVar("Result")
 
 class Overloaded(Exception):
     """The queue is full, or the item has waited too long; nothing was done with it."""
-
-
-@dataclass(slots=True)
-class _Waiting(Generic[Item, Result]):
-    item: Item
-    future: asyncio.Future[Result]
-    until: float
 
 
 class Batches(Generic[Item, Result]):
@@ -49,7 +41,8 @@ class Batches(Generic[Item, Result]):
         self._batch_max = batch_max
         self._queue_max = queue_max
         self._patience_s = patience_s
-        self._queue: deque[_Waiting[Item, Result]] = deque()
+        # Each with whom its result is for, and until when it may be started.
+        self._queue: deque[tuple[Item, asyncio.Future[Result], float]] = deque()
         self._worker: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -66,7 +59,7 @@ class Batches(Generic[Item, Result]):
         if len(self._queue) >= self._queue_max:
             raise Overloaded
         future: asyncio.Future[Result] = asyncio.Future()
-        self._queue.append(_Waiting(item, future, time.monotonic() + self._patience_s))
+        self._queue.append((item, future, time.monotonic() + self._patience_s))
         if self._worker is None:
             # In no request's context: what it logs is not about the one that happened to be first.
             self._worker = asyncio.create_task(self._work(), context=contextvars.Context())
@@ -89,32 +82,32 @@ class Batches(Generic[Item, Result]):
             waiting = len(self._queue)
             await asyncio.sleep(0)
 
-    def _next_batch(self) -> list[_Waiting[Item, Result]]:
-        batch: list[_Waiting[Item, Result]] = []
+    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        batch: list[tuple[Item, asyncio.Future[Result]]] = []
         now = time.monotonic()
         while self._queue and len(batch) < self._batch_max:
-            waiting = self._queue.popleft()
-            if waiting.future.done():  # Its client has gone.
+            item, future, until = self._queue.popleft()
+            if future.done():  # Its client has gone.
                 continue
-            if waiting.until < now:
-                waiting.future.set_exception(Overloaded())
+            if until < now:
+                future.set_exception(Overloaded())
             else:
-                batch.append(waiting)
+                batch.append((item, future))
         return batch
 
-    async def _do(self, batch: list[_Waiting[Item, Result]]) -> None:
+    async def _do(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         results: Sequence[Result | Exception]
         try:
-            results = await self._run([waiting.item for waiting in batch])
+            results = await self._run([item for item, _ in batch])
         except Exception as error:  # noqa: BLE001 - handed on to everyone who waits for it
             results = [error] * len(batch)
-        for waiting, result in zip(batch, results, strict=True):
-            if waiting.future.done():
+        for (_, future), result in zip(batch, results, strict=True):
+            if future.done():
                 continue
             if isinstance(result, Exception):
-                waiting.future.set_exception(result)
+                future.set_exception(result)
             else:
-                waiting.future.set_result(result)
+                future.set_result(result)
 
     async def drain(self) -> None:
         """Wait until everything that was submitted is done."""

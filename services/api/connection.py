@@ -205,23 +205,20 @@ class Connection(HttpToolsProtocol):
                 await self.flow.drain()
 
     def _write(self, exchange: Exchange, done: Answer) -> None:
-        pieces = [
-            STATUS_LINE[done.status], b"x-request-id: ", exchange.request_id.encode(), b"\r\n",
-            exchange.quota_headers,
-        ]  # fmt: skip
-        for name, value in done.headers:
-            pieces += (name, b": ", value, b"\r\n")
+        extra = b"".join(b"%b: %b\r\n" % header for header in done.headers) if done.headers else b""
         if self._is_last:
-            pieces.append(b"connection: close\r\n")
+            extra += b"connection: close\r\n"
+        head = b"%bx-request-id: %b\r\n%b%b" % (
+            STATUS_LINE[done.status], exchange.request_id.encode(), exchange.quota_headers, extra,
+        )  # fmt: skip
         if done.status == 304:
-            pieces.append(b"\r\n")
+            self.transport.write(head + b"\r\n")
         else:
-            pieces.append(
-                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(done.body)
+            body = b"" if exchange.method == b"HEAD" else done.body
+            self.transport.write(
+                b"%bcontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+                % (head, len(done.body), body)
             )
-            if exchange.method != b"HEAD":
-                pieces.append(done.body)
-        self.transport.write(b"".join(pieces))
         self.on_response_complete()
 
 

@@ -1,10 +1,9 @@
 """The two endpoints: each reads as the contract's order of checks."""
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2s
-from typing import NoReturn
 
 from services.api.allowance import Allowance
 from services.api.batch import Overloaded
@@ -63,6 +62,10 @@ def overloaded() -> Refused:
     return Refused(503, "Service overloaded", [(b"retry-after", b"%d" % RETRY_AFTER_OVERLOADED_S)])
 
 
+def _too_many() -> Refused:
+    return Refused(429, "Too many requests")
+
+
 def _not_written() -> Refused:
     return Refused(500, "Internal server error after retries")
 
@@ -73,10 +76,12 @@ async def update_score(api: Api, exchange: Exchange) -> Answer:
     submission = _read_submission(exchange)
     if isinstance(submission, Submission) and submission.user_id != claims.subject:
         raise _unauthorized()
-    limit = await _spend(exchange, api.update_quota, claims.subject)
+    allowance = await _count(exchange, api.update_quota, claims.subject)
+    if not allowance.allowed:
+        raise _too_many()
     if isinstance(submission, Refused):
         raise submission
-    operation = _operation(exchange, submission, api.score_increment_max, limit)
+    operation = _operation(exchange, submission, api.score_increment_max, allowance.at_write)
     try:
         outcome = await api.writes.submit(operation)
     except Overloaded:
@@ -88,7 +93,9 @@ async def update_score(api: Api, exchange: Exchange) -> Answer:
     if outcome is Refusal.KEY_REUSED:
         raise Refused(409, "Idempotency key reused")
     if outcome is Refusal.OVER_LIMIT:
-        await _refuse_over_quota(exchange, api.update_quota, claims.subject)
+        # Others of the client's requests have used it up since this one was counted.
+        await _count(exchange, api.update_quota, claims.subject, is_over=True)
+        raise _too_many()
     # Also of a replay: its first answer may have been lost before the board had it.
     await api.announcer.announce(outcome.latest)
     return Answer(
@@ -102,7 +109,9 @@ async def top_scores(api: Api, exchange: Exchange) -> Answer:
         client = f"user:{_authenticate(api.verifier, exchange).subject}"
     except Refused:  # Public: a token only says whose quota it is.
         client = f"address:{exchange.address}"
-    await _spend(exchange, api.top_quota, client)
+    allowance = await _count(exchange, api.top_quota, client)
+    if not allowance.allowed:
+        raise _too_many()
     try:
         body = top_answer(await api.top.read())
     except (Overloaded, TopUnavailable):
@@ -139,30 +148,20 @@ def _read_submission(exchange: Exchange) -> Submission | Refused:
         return Refused(400, "Invalid request body")
 
 
-async def _spend(exchange: Exchange, quota: Allowances, client: str) -> Limit | None:
-    """Count the request; returns what the write has to keep to as well."""
-    allowance = await _counted(quota.spend(client, exchange.request_id))
-    exchange.quota_headers = allowance.headers(quota.name)
-    if not allowance.allowed:
-        raise Refused(429, "Too many requests")
-    return allowance.at_write
-
-
-async def _refuse_over_quota(exchange: Exchange, quota: Allowances, client: str) -> NoReturn:
-    """Others of the client's requests have used it up since this one was counted."""
-    allowance = await _counted(quota.spend(client, exchange.request_id))
-    refused = allowance._replace(allowed=False, remaining=0)
-    exchange.quota_headers = refused.headers(quota.name)
-    raise Refused(429, "Too many requests")
-
-
-async def _counted(counting: Awaitable[Allowance]) -> Allowance:
+async def _count(
+    exchange: Exchange, quota: Allowances, client: str, *, is_over: bool = False
+) -> Allowance:
+    """Count the request, and have the answer say what is left; nothing, where it is known to be over."""
     try:
-        return await counting
+        allowance = await quota.spend(client, exchange.request_id)
     except Overloaded:
         raise overloaded() from None
     except (NoOwner, *DATABASE_FAILURES):  # Redis is away, and the shard could not count it.
         raise _not_written() from None
+    if is_over:
+        allowance = allowance._replace(allowed=False, remaining=0)
+    exchange.quota_headers = allowance.headers(quota.name)
+    return allowance
 
 
 def _operation(

@@ -59,13 +59,12 @@ class Exchange:
         headers: By name in lower case; of several with one name the first.
         body: All of it; None if it is longer than it may be.
         request_id: 32 hexadecimal digits.
-        address: The client's, as the load balancer saw it.
         quota_headers: To be set by the endpoint: whole lines, which go into the answer, refused or
             not.
     """
 
     __slots__ = (
-        "address", "body", "endpoint", "headers", "method", "quota_headers", "request_id",
+        "_edge", "_peer", "body", "endpoint", "headers", "method", "quota_headers", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -81,9 +80,14 @@ class Exchange:
         self.endpoint = endpoint
         self.headers = headers
         self.body = body
+        self._peer, self._edge = peer, edge
         self.request_id = edge.request_id(peer, self.header(b"x-request-id"))
-        self.address = edge.client_address(peer, self.header(b"x-real-ip"))
         self.quota_headers = b""
+
+    @property
+    def address(self) -> str:
+        """The client's, as the load balancer saw it."""
+        return self._edge.client_address(self._peer, self.header(b"x-real-ip"))
 
     def header(self, name: bytes, default: str = "") -> str:
         """The value as text."""

@@ -48,10 +48,11 @@ def read_body(body: bytes) -> Submission:
             reader of the same bytes might believe the other value.
     """
     try:
-        members = _DECODER.decode(body.decode())
+        text = body.decode().strip(_WHITESPACE)
+        members, end = _DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         raise InvalidBody from None
-    if not isinstance(members, dict) or not is_user_id(members.get("userId")):
+    if end != len(text) or not isinstance(members, dict) or not is_user_id(members.get("userId")):
         raise InvalidBody
     return Submission(user_id=members["userId"], increment=members.get("scoreIncrement"))
 
@@ -67,6 +68,8 @@ def _refuse_constant(_name: str) -> Never:
     """NaN and Infinity are Python's extensions, not JSON."""
     raise InvalidBody
 
+
+_WHITESPACE = " \t\n\r"  # JSON's, which is less than Python's.
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
