@@ -33,6 +33,17 @@ def test_a_request_is_free_again_a_window_after_it_counted() -> None:
     assert (free.allowed, free.remaining) == (True, 0)
 
 
+def test_a_window_is_no_longer_than_it_is() -> None:
+    """Clients are told whole seconds, rounded up: of an hour at this time 3,601 would remain."""
+    clock = Clock()
+    clock.seconds = 3632.172
+    assert clock.seconds + 3600 - clock.seconds > 3600
+    windows = Windows(parse("1/hour"), clock=clock)
+
+    assert windows.spend("ana").whole_in_s == 3600
+    assert windows.spend("ana").retry_in_s == 3600
+
+
 def test_what_was_used_before_counts() -> None:
     """In whatever order it comes, and only if nothing newer is known."""
     windows = Windows(parse("3/minute"), clock=Clock())

@@ -72,8 +72,9 @@ class Windows:
             limit=self._limit,
             window_s=self.window_s,
             remaining=max(0, self._limit - used),
-            whole_in_s=times[-1] + self.window_s - now,
-            retry_in_s=0 if used < self._limit else times[ended] + self.window_s - now,
+            # In this order no rounding makes a window longer than it is.
+            whole_in_s=self.window_s - (now - times[-1]),
+            retry_in_s=0 if used < self._limit else self.window_s - (now - times[ended]),
         )
 
     def _forget(self, now: float) -> None:
