@@ -84,7 +84,8 @@ class Identity:
                 _libc.prctl(_PR_SET_PDEATHSIG, int(parent_death), 0, 0, 0)
             os.nice(nice)
             if sched_batch and sys.platform == "linux":
-                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+                with suppress(OSError):  # Not allowed everywhere, and needed nowhere.
+                    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
         arguments: dict[str, Any] = {"process_group": 0, "preexec_fn": prepare}
         if self.uid is not None:
