@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +126,15 @@ async def test_a_killed_container_is_back_by_itself(stack: Stack, user: str, ser
     check_promise(service, load)
 
 
+def listeners(stack: Stack) -> list[bytes]:
+    """The command lines of those who listen to what the engine says of these containers."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines.append(path.read_bytes())
+    return [line for line in lines if b"events" in line and stack.project.encode() in line]
+
+
 async def test_what_is_stopped_stays_so(stack: Stack, keeper: "subprocess.Popen[str]") -> None:
     """Also what has to be killed in the end; and a second keeper ends at once."""
     container = stack.container("prometheus")["Id"]
@@ -145,6 +155,9 @@ async def test_what_is_stopped_stays_so(stack: Stack, keeper: "subprocess.Popen[
     assert keeper.stdout is not None
     said = await asyncio.to_thread(keeper.stdout.readline)
     assert said.endswith("prometheus-1 was killed: started.\n")
+    keeper.terminate()
+    assert await asyncio.to_thread(keeper.wait, AWAY_S) == 0
+    assert listeners(stack) == []
 
 
 def check_promise(service: str, load: Load) -> None:
