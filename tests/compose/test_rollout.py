@@ -200,15 +200,18 @@ async def starts(stack: Stack, **counts: int) -> dict[str, list[float]]:
     )  # fmt: skip
     assert engine.stdout is not None
     took: dict[str, list[asyncio.Task[float]]] = {service: [] for service in counts}
-    async with asyncio.TaskGroup() as asking:
-        while any(len(took[service]) < count for service, count in counts.items()):
-            event = json.loads(await engine.stdout.readline())
-            service = event["Actor"]["Attributes"]["com.docker.compose.service"]
-            if service in counts:
-                first = first_answer(stack, service, event["Actor"]["ID"], event["timeNano"] / 1e9)
-                took[service].append(asking.create_task(first))
-    engine.terminate()
-    await engine.wait()
+    try:
+        async with asyncio.TaskGroup() as asking:
+            while any(len(took[service]) < count for service, count in counts.items()):
+                event = json.loads(await engine.stdout.readline())
+                replica, began = event["Actor"], event["timeNano"] / 1e9
+                service = replica["Attributes"]["com.docker.compose.service"]
+                if service in counts:
+                    first = first_answer(stack, service, replica["ID"], began)
+                    took[service].append(asking.create_task(first))
+    finally:
+        engine.terminate()
+        await engine.wait()
     return {service: sorted(one.result() for one in asked) for service, asked in took.items()}
 
 
@@ -260,6 +263,7 @@ def images(stack: Stack, service: str) -> set[str]:
 
 async def test_scaling_up_and_down(busy: Stack) -> None:
     """To four of each and back: nobody's update fails, and the new ones serve at once."""
+    driver = busy.docker("info", "--format", "{{.Driver}}")
     async with under_load(busy, "scaling", 60) as watchers:
         starting = asyncio.create_task(starts(busy, api=3, gateway=3))
         asked = time.monotonic()
@@ -268,7 +272,7 @@ async def test_scaling_up_and_down(busy: Stack) -> None:
         took = await asyncio.wait_for(starting, SERVES_SECONDS_MAX)
         for service, seconds in took.items():
             print(service, "answers after", *(f"{each:.1f}" for each in seconds), "s")
-            if busy.docker("info", "--format", "{{.Driver}}") in COMMON_DRIVERS:
+            if driver in COMMON_DRIVERS:
                 assert max(seconds) <= SERVES_SECONDS_MAX
         # Only who comes now can be given to a new gateway.
         await watchers.leave(LEAVING)
